@@ -1,0 +1,1160 @@
+#!/usr/bin/env python3
+"""Compare training runs from their logs: the community's table, the tests behind it, and what does not count.
+
+    python compare_runs.py logs/baseline logs/candidate         one arm per argument, the first is the baseline
+    python compare_runs.py 'logs/ab/base_*' 'logs/ab/new_*'     arms by glob: quote the '*'
+    python compare_runs.py logs/ab@1e951856 logs/ab@c09cf162    arms by source hash, where one folder holds both
+    python compare_runs.py logs/candidate                       one arm against the target alone
+    python compare_runs.py logs/a logs/b --json out.json --plot out.png
+
+Reads the logs of every era of the GPT speedrun, and ours. Needs scipy; matplotlib only for --plot; never torch.
+Only complete runs are averaged. Every other run is named with the reason; a mixed arm is refused.
+Order of this file: statistics, log parsing, arms and their checks, report, plot, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SCHEMA = "splits.compare_runs/1"
+DEFAULT_TARGET = 3.28
+MIN_RUNS = 2  # a sample standard deviation needs two
+LOG_SUFFIXES = tuple(kind + packed for kind in (".txt", ".log") for packed in ("", ".gz", ".xz"))
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+TESTS = {
+    "time_p": "Welch t-test (unequal variances), one-sided 'less': mean time of the arm < mean time of the first row",
+    "time_p_two_sided": "Welch t-test (unequal variances), two-sided: mean times differ",
+    "loss_p": "one-sample t-test, one-sided 'less': mean loss of the arm < target",
+}
+
+
+class InputError(ValueError):
+    """Bad input: the message names the value, the rule and the remedy."""
+
+
+# 1. statistics --------------------------------------------------------------------------------------------
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean, summed without rounding error."""
+    return math.fsum(values) / len(values)
+
+
+def sample_sd(values: list[float]) -> float:
+    """Standard deviation with n - 1 in the denominator."""
+    centre = mean(values)
+    return math.sqrt(math.fsum((x - centre) ** 2 for x in values) / (len(values) - 1))
+
+
+def t_below(t: float, df: float) -> float:
+    """P(T <= t) of Student's t. scipy.special alone loads several times faster than scipy.stats."""
+    from scipy.special import stdtr
+
+    return float(stdtr(df, t))
+
+
+def one_sample_less(values: list[float], target: float) -> float:
+    """One-sided p-value of H1: mean(values) < target. Undefined (ValueError) at zero variance."""
+    sd = sample_sd(values)
+    if sd == 0:
+        raise ValueError("zero variance")
+    return t_below((mean(values) - target) / (sd / math.sqrt(len(values))), len(values) - 1)
+
+
+def welch(new: list[float], base: list[float]) -> tuple[float, float]:
+    """(t, degrees of freedom) of Welch's test of mean(new) - mean(base). ValueError if both variances are 0."""
+    var_new, var_base = sample_sd(new) ** 2 / len(new), sample_sd(base) ** 2 / len(base)
+    if var_new + var_base == 0:
+        raise ValueError("zero variance")
+    df = (var_new + var_base) ** 2 / (var_new**2 / (len(new) - 1) + var_base**2 / (len(base) - 1))
+    return (mean(new) - mean(base)) / math.sqrt(var_new + var_base), df
+
+
+def welch_less(new: list[float], base: list[float]) -> float:
+    """One-sided p-value of H1: mean(new) < mean(base), variances not assumed equal."""
+    return t_below(*welch(new, base))
+
+
+def welch_two_sided(new: list[float], base: list[float]) -> float:
+    """Two-sided p-value of H1: the means differ, variances not assumed equal."""
+    t, df = welch(new, base)
+    return 2 * t_below(-abs(t), df)
+
+
+# 2. one log -----------------------------------------------------------------------------------------------
+
+RULE = b"=" * 100
+OMITTED = re.compile(rb"# source omitted here, sha256 ([0-9a-f]{64})")
+OUR_SOURCE = re.compile(rb"#### source (.+) sha256=([0-9a-f]{64}) lines=(\d{1,7})")
+STEP = re.compile(rb"step:(\d{1,9})/(\d{1,9}) ")
+LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):(\S+)")
+KEY_VALUE = re.compile(rb"(\w+):(\S+)")
+DURATION = re.compile(rb"([\d.]+|nan)(ms|s)")
+PEAK = re.compile(rb"peak memory (?:allocated|consumption): (\d{1,9}) MiB(?: reserved: (\d{1,9}) MiB)?")
+STATUS = re.compile(rb"status: (?:(done)|(diverged|interrupted|crashed)\b ?(.*))$")
+SMI_DATE = re.compile(
+    rb"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([A-Z][a-z]{2}) +(\d+) (\d\d:\d\d:\d\d)(?: \w+)? (\d{4})"
+)
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+HEAD_PATTERNS = {  # name: pattern at a line start of the header
+    "python": rb"Running Python (\S+)",
+    "torch": rb"Running [Pp]y[Tt]orch (\S+)",
+    "cuda": rb"Running [Pp]y[Tt]orch \S+ compiled for CUDA (\S+)",
+    "triton": rb"Running Triton version (\S+)",
+    "driver": rb"\| NVIDIA-SMI .*Driver Version: (\S+)",
+    "world_size": rb"(?:Running on device_name=.* with world_size=|world_size:)(\d+)",
+    "device_name": rb"Running on device_name=(.*) with world_size=",
+    "seed": rb"(?:Using seed=|seed:)(\d+)",
+}
+OUR_KEYS = ("run_id", "host", "driver", "commit", "dirty", "data", "recipe", "seed", "world_size", "started")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured line: seconds is None where the format has no clock."""
+
+    step: int
+    loss: float
+    seconds: float | None
+
+
+@dataclass
+class Trial:
+    """The lines of one training run; a file of the fixed-architecture track can hold several."""
+
+    val: list[Point] = field(default_factory=list)
+    train: list[Point] = field(default_factory=list)
+    bpb: list[float] = field(default_factory=list)
+    totals: set[int] = field(default_factory=set)
+    last_step: int = -1
+    stopped_early: bool = False  # a line says that the budget, not the schedule, ended the run
+    final: tuple[str, float, float] | None = None  # label, loss, bits per byte of the contest's closing line
+    peak_mib: int | None = None
+    closing: list[tuple[str, str]] = field(default_factory=list)  # (status, rest of the line)
+    conflict: str = ""  # the first contradiction found
+    lines_after_close: bool = False
+
+
+@dataclass
+class Run:
+    """What one run says about itself. `head` holds the header's facts; absent means not in the log."""
+
+    name: str
+    path: str
+    kind: str  # splits, community, contest, llm.c
+    status: str  # complete, incomplete, diverged, crashed, interrupted, contradictory, not a log
+    reason: str
+    head: dict
+    source: str | None
+    sources: dict[str, str]
+    digest: str
+    val: list[Point]
+    train: list[Point]
+    steps_done: int | None = None
+    steps_planned: int | None = None
+    loss: float | None = None
+    seconds: float | None = None
+    bpb: float | None = None
+    loss_from: str = "last validation line"
+    peak_mib: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """True if the run counts."""
+        return self.status == "complete"
+
+    @property
+    def interval(self) -> str | None:
+        """Validation interval in words; the last gap is left out because the schedule's end need not divide."""
+        steps = [p.step for p in self.val]
+        gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)][:-1]
+        kept = [gap for i, gap in enumerate(gaps) if i == 0 or gap != gaps[i - 1]]
+        if not self.complete:
+            return None
+        return "every " + " then ".join(map(str, kept[:6])) + " steps" if kept else "only at the end"
+
+    @property
+    def hardware(self) -> str | None:
+        """Devices used, such as '8 x NVIDIA H100 80GB HBM3'; None if the log does not say."""
+        names = self.head.get("gpus") or [n for n in (self.head.get("device_name"),) if n]
+        count = self.head.get("world_size") or len(names)
+        if not count:
+            return None
+        return f"{count} x {' + '.join(sorted(set(names))) or 'CPU or unnamed device'}"
+
+
+def parse_number(text: bytes) -> float | None:
+    """A float, nan and inf included; None if the text is not a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def parse_seconds(text: bytes | None) -> float | None:
+    """'105607ms' or '492.485s' as seconds; None where there is no such field."""
+    match = DURATION.fullmatch(text or b"")
+    number = parse_number(match[1]) if match else None
+    if number is None:
+        return None
+    return number / 1000 if match[2] == b"ms" else number
+
+
+def find_source(lines: list[bytes]) -> tuple[str | None, dict[str, str], int]:
+    """(source hash, hash of each of our files, index of the first line after the embedded source)."""
+    sources, i = {}, 0
+    while i < len(lines) and (match := OUR_SOURCE.fullmatch(lines[i])):
+        sources[match[1].decode("utf-8", "replace")] = match[2].decode()
+        i += 1 + int(match[3])
+    if sources:
+        joined = "".join(f"{name} {digest}\n" for name, digest in sorted(sources.items()))
+        return hashlib.sha256(joined.encode()).hexdigest(), sources, min(i, len(lines))
+    rules = [i for i, line in enumerate(lines) if line == RULE]
+    if not rules:
+        return None, {}, 0
+    # Before 2025 a first rule opens the source; the rule that ends it stands above the version lines.
+    end = next((i for i in rules if lines[i + 1 : i + 2] and lines[i + 1].startswith(b"Running ")), rules[0])
+    text = list(lines[:end])
+    omitted = OMITTED.fullmatch(text[0]) if text else None
+    text = b"\n".join(line for line in text[bool(omitted) :] if line != RULE)
+    if omitted and not text.strip():
+        return omitted[1].decode(), {}, end
+    return hashlib.sha256(text).hexdigest(), {}, end
+
+
+def parse_head(lines: list[bytes], ours: bool) -> dict:
+    """Facts of the header: versions, devices, seed, target, date."""
+    text, head = b"\n".join(lines), {}
+    for key, pattern in HEAD_PATTERNS.items():
+        if match := re.search(rb"^" + pattern, text, re.M):
+            head[key] = match[1].decode("utf-8", "replace")
+    if names := re.findall(rb"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off)\s+\|\s+[0-9A-F]{4,8}:", text, re.M):
+        head["gpus"] = [name.decode("utf-8", "replace") for name in names]
+    if match := SMI_DATE.search(text):
+        month = match[1].decode()
+        if month in MONTHS:
+            day, clock, year = int(match[2]), match[3].decode(), match[4].decode()
+            head["started"] = f"{year}-{MONTHS.index(month) + 1:02d}-{day:02d}T{clock}"
+    if ours:
+        pairs = [line.decode("utf-8", "replace").partition(": ") for line in lines if b": " in line]
+        fields = {key: value.strip() for key, _, value in pairs}
+        head.update({key: fields[key] for key in OUR_KEYS if fields.get(key)})
+        devices = [v.rpartition(" ") for k, v in fields.items() if re.fullmatch(r"gpu \d+", k)]
+        if devices:
+            head["gpus"], head["uuids"] = [d[0] for d in devices], sorted(d[2] for d in devices)
+        target = parse_number(fields.get("target", "").encode())
+        if target is not None and math.isfinite(target):
+            head["target"] = target
+    for key in ("world_size", "seed"):
+        if str(head.get(key, "")).isdigit():
+            head[key] = int(head[key])
+    return head
+
+
+def ends_whole(line: bytes, earlier: list[bytes]) -> bool:
+    """True if an unterminated last line ends as an earlier validation line does, unit and decimals included."""
+
+    def shape(text: bytes) -> bytes:
+        return re.sub(rb"\d", b"0", re.sub(rb":\d+", b":", text.split()[-1]))
+
+    return any(shape(line) == shape(other) for other in earlier)
+
+
+def add_step(trial: Trial, line: bytes, step: int, total: int) -> None:
+    """Add one `step:` line to a trial; a line that cannot be true beside the others becomes its conflict."""
+    fields = dict(KEY_VALUE.findall(line))
+    is_val = b"val_loss" in fields
+    trial.last_step = max(trial.last_step, step)
+    trial.totals.add(total)
+    if not is_val and b"train_loss" not in fields:
+        return
+    loss = parse_number(fields[b"val_loss" if is_val else b"train_loss"])
+    seconds = parse_seconds(fields.get(b"train_time"))
+    if loss is None:
+        trial.conflict = trial.conflict or f"garbled loss in the line of step {step}"
+        return
+    point, points = Point(step, loss, seconds), trial.val if is_val else trial.train
+    if points and points[-1].step == step:
+        if is_val and points[-1] != point and not (math.isnan(loss) and math.isnan(points[-1].loss)):
+            trial.conflict = trial.conflict or f"two different validation lines at step {step}"
+        return
+    if is_val and points and seconds is not None and seconds < (points[-1].seconds or 0):
+        trial.conflict = trial.conflict or f"train_time goes back at step {step}"
+    points.append(point)
+    bpb = parse_number(fields.get(b"val_bpb", b""))
+    if is_val and bpb is not None:
+        trial.bpb.append(bpb)
+
+
+def add_closing(trial: Trial, line: bytes) -> None:
+    """Add a closing line (peak memory, status, early end, contest result) if it is one."""
+    if line.startswith(b"status: "):
+        if match := STATUS.fullmatch(line.rstrip()):
+            rest = (match[3] or b"").decode("utf-8", "replace")
+            trial.closing.append(((match[1] or match[2]).decode(), rest))
+    elif line.startswith(b"stopping_early"):
+        trial.stopped_early = True
+    elif line.startswith(b"final_"):
+        fields = dict(KEY_VALUE.findall(line))
+        loss, bpb = (parse_number(fields.get(key, b"")) for key in (b"val_loss", b"val_bpb"))
+        if loss is not None and bpb is not None:
+            if trial.final and abs(trial.final[1] - loss) > 5.1e-5 and line.split()[0].endswith(b"_exact"):
+                trial.conflict = trial.conflict or "two final_ lines with different losses"
+            trial.final = (line.split()[0].decode("utf-8", "replace"), loss, bpb)
+    elif match := PEAK.match(line):
+        trial.peak_mib = int(match[1])
+
+
+def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
+    """(trials, index of the first measured line): one pass over the lines after the source."""
+    trials, first = [Trial()], len(lines)
+    for i in range(start, len(lines)):
+        line = lines[i]
+        if line.startswith(b"step:"):
+            if not (match := STEP.match(line)):
+                continue
+            step, total = int(match[1]), int(match[2])
+        elif line.startswith(b"s:"):
+            if not (match := LLMC.match(line)):
+                continue
+            step, total = int(match[1]), 0
+        else:
+            if line.startswith((b"status: ", b"stopping_early", b"final_", b"peak ")):
+                add_closing(trials[-1], line)
+            continue
+        first = min(first, i)
+        if step < trials[-1].last_step and trials[-1].val:
+            trials.append(Trial())
+        trial = trials[-1]
+        trial.lines_after_close |= bool(trial.closing)
+        if total:
+            add_step(trial, line, step, total)
+        elif (loss := parse_number(match[3])) is not None:
+            trial.last_step = max(trial.last_step, step)
+            (trial.val if match[2] == b"tel" else trial.train).append(Point(step, loss, None))
+    return trials, first
+
+
+def judge(trial: Trial, ours: bool, contest: bool, cut: bool) -> tuple[str, str]:
+    """(status, reason) of one run. Complete means: its last planned validation is there, and nothing disagrees."""
+    total = max(trial.totals, default=None)
+    done = trial.val[-1].step if trial.val else None
+    bad = [p.step for p in trial.val + trial.train if not math.isfinite(p.loss)]
+    reason = ""
+    if trial.conflict:
+        return "contradictory", trial.conflict
+    if len(trial.totals) > 1:
+        return "contradictory", f"names several totals of steps: {', '.join(map(str, sorted(trial.totals)))}"
+    if len(set(trial.closing)) > 1 or (ours and trial.lines_after_close):
+        return "contradictory", "has several status lines" if trial.closing[
+            1:
+        ] else "goes on after its status line"
+    if trial.closing and trial.closing[0][0] != "done":
+        return trial.closing[0]
+    if bad:
+        return "diverged", f"non-finite loss at step {min(bad)}"
+    if cut:
+        reason = "cut in mid-line"
+    elif done is None:
+        reason = "holds no validation line"
+    elif total is not None and done < total and not trial.stopped_early:
+        before = " before the last validation" if trial.last_step >= total else ""
+        reason = f"stops at step {trial.last_step} of {total}{before}"
+    elif total is None and trial.train and trial.train[-1].step >= done:
+        reason = f"stops at step {trial.last_step} without a last validation"
+    elif contest and trial.final is None:
+        reason = "has no final_ line with the loss after quantisation"
+    elif trial.val[-1].seconds is not None and not 0 < trial.val[-1].seconds < math.inf:
+        reason = f"its last train_time is {trial.val[-1].seconds:g} s"
+    if reason and trial.closing:
+        return "contradictory", f"says 'status: done' but {reason}"
+    if not reason and ours and not trial.closing:
+        reason = "has no closing status line"
+    return ("incomplete", reason) if reason else ("complete", "")
+
+
+def parse_log(data: bytes, name: str, path: str) -> list[Run]:
+    """Every run of one log, in order. Never raises: what cannot be read becomes a status and a reason."""
+    digest = hashlib.sha256(data).hexdigest()
+    lines = data.replace(b"\r\n", b"\n").split(b"\n")
+    last, cut = lines[-1], False
+    if last.startswith(b"step:") and b"val_loss" in last:
+        cut = not ends_whole(last, [x for x in lines[:-1] if x.startswith(b"step:") and b" val_loss:" in x])
+        lines = lines[:-1] if cut else lines
+    source, sources, start = find_source(lines)
+    trials, first = parse_trials(lines, start)
+    head = parse_head(lines[start:first], bool(sources))
+    timeless = any(t.val and not t.totals for t in trials)
+    contest = any(t.final or t.stopped_early for t in trials) or b"\nval_bpb:enabled" in data
+    kind = "splits" if sources else "llm.c" if timeless else "contest" if contest else "community"
+    runs = []
+    for number, trial in enumerate(trials, 1):
+        status, reason = judge(trial, bool(sources), contest, cut and number == len(trials))
+        if sources and len(trials) > 1:
+            status, reason = "contradictory", "its steps go back: one log holds one run"
+        if trial.last_step < 0 and source is None:
+            status, reason = (
+                ("not a log", "no step line and no header") if data.strip() else (status, "is empty")
+            )
+        label = f"{name}#{number}" if len(trials) > 1 else name
+        run = Run(label, path, kind, status, reason, head, source, sources, digest, trial.val, trial.train)
+        run.steps_done = trial.last_step if trial.last_step >= 0 else None
+        run.steps_planned = max(trial.totals, default=run.steps_done if timeless else None)
+        run.peak_mib = trial.peak_mib
+        if trial.val:
+            run.loss, run.seconds = trial.val[-1].loss, trial.val[-1].seconds
+            run.bpb = trial.bpb[-1] if len(trial.bpb) == len(trial.val) else None
+        if trial.final:
+            run.loss_from, run.loss, run.bpb = trial.final
+        runs.append(run)
+    return runs
+
+
+# 3. arms and their checks -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Arm:
+    """The runs that one argument names. `seen` holds every log in view, so that none is left out in silence."""
+
+    arg: str
+    name: str
+    runs: list[Run]
+    seen: set[str]
+
+    @property
+    def attempts(self) -> list[Run]:
+        """Every run launched, failed ones included."""
+        return [run for run in self.runs if run.status != "not a log"]
+
+    @property
+    def counted(self) -> list[Run]:
+        """Complete runs, in the order in which they started where the logs say so."""
+        return [run for run in self.attempts if run.complete]
+
+
+class Refusal(InputError):
+    """Runs that may not be averaged; `evidence` is the listing that shows why."""
+
+    def __init__(self, message: str, evidence: str):
+        super().__init__(message)
+        self.evidence = evidence
+
+
+def printable(text: str) -> str:
+    """The text on one line: control characters and undecodable bytes of file names as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+def some(names: list[str], limit: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def is_log(path: str) -> bool:
+    """True for the file names that a folder's logs have."""
+    return path.lower().endswith(LOG_SUFFIXES) and not os.path.basename(path).startswith(".")
+
+
+def logs_under(folder: str) -> list[str]:
+    """Logs in a folder and its subfolders, sorted; hidden folders are skipped."""
+
+    def fail(error: OSError) -> None:
+        raise InputError(
+            f"{printable(error.filename)}: cannot be listed ({error.strerror}); check its rights"
+        )
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(parent, name) for name in sorted(files) if is_log(name)]
+    return found
+
+
+def find_logs(arg: str) -> tuple[list[str], str]:
+    """(log files that an argument names, folder that their names are relative to)."""
+    if os.path.isdir(arg):
+        files, base = logs_under(arg), arg
+    elif os.path.isfile(arg):
+        return [arg], os.path.dirname(arg) or "."
+    else:
+        matches = sorted(glob.glob(arg, recursive=True))
+        if not matches and not os.path.lexists(arg):
+            raise InputError(f"{printable(arg)}: no such file or folder, and no file matches it; quote a '*'")
+        files = [
+            f for m in matches for f in (logs_under(m) if os.path.isdir(m) else [m] if is_log(m) else [])
+        ]
+        base = os.path.commonpath([os.path.dirname(f) or "." for f in files]) if files else arg
+    if not files:
+        kinds = ", ".join(LOG_SUFFIXES)
+        raise InputError(f"{printable(arg)}: holds no logs; a run log ends in one of {kinds}")
+    return files, base
+
+
+def read_log(path: str) -> bytes:
+    """The bytes of a log, decompressed. InputError if it cannot be read or is not text."""
+    import lzma
+    import zlib
+
+    try:
+        if path.lower().endswith(".gz"):
+            import gzip
+
+            with gzip.open(path) as f:
+                data = f.read()
+        elif path.lower().endswith(".xz"):
+            with lzma.open(path) as f:
+                data = f.read()
+        else:
+            data = Path(path).read_bytes()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{printable(path)}: cannot be read ({why}); repair it or leave it out by glob"
+        ) from None
+    if b"\0" in data:
+        raise InputError(f"{printable(path)}: binary, not a text log; leave it out by glob")
+    return data
+
+
+def load_arm(arg: str) -> Arm:
+    """Find, read and parse the logs of one argument: a file, a folder, a glob, or one of these with @<hash>."""
+    place, pick = arg, ""
+    if not os.path.lexists(arg) and (match := re.fullmatch(r"(.+)@([0-9a-f]{6,64})", arg)):
+        place, pick = match[1], match[2]
+    files, base = find_logs(place)
+    runs = []
+    for path in files:
+        runs += parse_log(read_log(path), printable(os.path.relpath(path, base)), path)
+    if all(run.status == "not a log" for run in runs):
+        names = some([run.name for run in runs])
+        raise InputError(
+            f"{printable(arg)}: no run log among {len(runs)} file(s): {names}; a log has step lines"
+        )
+    seen = set(files)
+    if not os.path.isdir(place):
+        for folder in {os.path.dirname(path) or "." for path in files}:
+            seen |= {os.path.join(folder, f) for f in os.listdir(folder) if is_log(f)}
+    if pick:
+        runs = [run for run in runs if run.source and run.source.startswith(pick)]
+        if not runs:
+            raise InputError(f"{printable(arg)}: no log there has a source hash that starts with {pick}")
+    if all(run.head.get("started") for run in runs if run.complete):
+        runs.sort(key=lambda run: (run.head.get("started", ""), run.name))
+    return Arm(arg, "", runs, {os.path.realpath(path) for path in seen})
+
+
+def name_arms(arms: list[Arm]) -> None:
+    """Name each arm after its folder, file or pattern; equal names take more of the path until they differ."""
+
+    def label(arm: Arm, depth: int) -> str:
+        parts = Path(os.path.abspath(arm.arg)).parts
+        if depth == 0 and not os.path.isdir(arm.arg):
+            inner = glob.has_magic(parts[-1]) and len(parts) > 1
+            return printable(parts[-2] if inner else re.sub(r"\.(txt|log)(\.gz|\.xz)?$", "", parts[-1]))
+        return printable("/".join(parts[-1 - depth :]))
+
+    depths = [0] * len(arms)
+    for _ in range(8):
+        names = [label(arm, depth) for arm, depth in zip(arms, depths, strict=True)]
+        if len(set(names)) == len(names):
+            break
+        depths = [d + (names.count(n) > 1) for d, n in zip(depths, names, strict=True)]
+    for i, arm in enumerate(arms):
+        arm.name = names[i] if names.count(names[i]) == 1 else f"{names[i]} ({i + 1})"
+
+
+def traits(run: Run) -> dict[str, str | None]:
+    """What all runs of an arm must share; None where the log does not say."""
+    total = f"{run.steps_planned} steps" if run.steps_planned is not None else None
+    target = run.head.get("target")
+    return {
+        "source": f"source {run.source[:12]}" if run.source else None,
+        "total of steps": total,
+        "validation interval": f"validated {run.interval}" if run.interval else None,
+        "hardware": run.hardware,
+        "recipe": f"recipe {run.head['recipe']}" if "recipe" in run.head else None,
+        "data": f"data {run.head['data']}" if "data" in run.head else None,
+        "target": f"target {target:g}" if target is not None else None,
+        "clock": ("timed" if run.seconds is not None else "without times") if run.complete else None,
+    }
+
+
+def mixed_traits(runs: list[Run]) -> list[str]:
+    """Names of the traits in which runs differ; only a complete run is held to what its log does not say."""
+    values = defaultdict(set)
+    for run in runs:
+        for key, value in traits(run).items():
+            if value is not None or run.complete:
+                values[key].add(value)
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def remedy(arm: Arm, group: list[Run], by_source: bool) -> str:
+    """An argument that selects exactly one group of a mixed arm, if a simple one exists."""
+    place = arm.arg.rpartition("@")[0] or arm.arg
+    if os.path.isdir(place):
+        names = [run.path for run in group]
+        prefix = os.path.commonprefix(names)
+        pattern = glob.escape(prefix) + "*"
+        if prefix != os.path.join(place, "") and sorted(filter(is_log, glob.glob(pattern))) == sorted(names):
+            return f"'{pattern}'"
+    if by_source and group[0].source:
+        return f"'{place}@{group[0].source[:8]}'"
+    return "its files by glob, or a folder each"
+
+
+def check_mixed(arm: Arm, ignore: set[str]) -> None:
+    """Refuse an arm whose runs are not repeats of one experiment, and show its groups."""
+    mixed = [key for key in mixed_traits(arm.attempts) if key not in ignore]
+    if not mixed:
+        return
+    groups = defaultdict(list)
+    for run in arm.attempts:
+        facts = traits(run)
+        groups[tuple(facts[key] or f"{key} unknown" for key in mixed)].append(run)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    lines = [f"{arm.name}: {len(arm.attempts)} runs in {len(groups)} groups"]
+    for number, (key, runs) in enumerate(ordered, 1):
+        lines += [
+            f"group {number}: {len(runs)} run(s), {', '.join(key)}",
+            *("  " + run_line(r) for r in runs),
+        ]
+    sizes = " + ".join(str(len(runs)) for _, runs in ordered)
+    example = remedy(arm, ordered[0][1], "source" in mixed)
+    raise Refusal(
+        f"{arm.name}: {sizes} runs that differ in {', '.join(mixed)} cannot be one arm (groups on stdout);"
+        f" pass one group, such as {printable(example)}",
+        "\n".join(lines),
+    )
+
+
+def check_duplicates(arms: list[Arm]) -> None:
+    """Refuse runs that are counted twice: the same bytes, the same run_id, or the same measured lines."""
+    seen: dict[tuple, tuple[Arm, Run]] = {}
+    for arm in arms:
+        for run in (r for r in arm.attempts if r.steps_done is not None):
+            part = run.name.rpartition("#")[2] if "#" in run.name else ""
+            keys = {("content", run.digest, part): "the same content"}
+            if "run_id" in run.head:
+                keys["run_id", run.head["run_id"]] = f"the same run_id {run.head['run_id']}"
+            if sum(bool(p.seconds) for p in run.val) >= 2:
+                keys["val", *run.val] = "the same losses and times at every validation"
+            for key, what in keys.items():
+                if key in seen:
+                    other_arm, other = seen[key]
+                    where = arm.name if other_arm is arm else f"{other_arm.name} and {arm.name}"
+                    raise Refusal(
+                        f"{where}: {other.name} and {run.name} have {what}; a run counts once, leave one out",
+                        f"{other_arm.name}\n  {run_line(other)}\n{arm.name}\n  {run_line(run)}",
+                    )
+                seen[key] = (arm, run)
+
+
+def check_counts(arm: Arm) -> None:
+    """Refuse contradictory logs, fewer than two complete runs, and losses without variance."""
+    listing = f"{arm.name}\n" + "\n".join("  " + run_line(run) for run in arm.runs)
+    for run in arm.attempts:
+        if run.status == "contradictory":
+            raise Refusal(
+                f"{arm.name}: {run.name} contradicts itself: {run.reason}; leave it out by glob", listing
+            )
+    done = arm.counted
+    if len(done) < MIN_RUNS:
+        failed = [f"{r.name} {r.status}: {r.reason}" for r in arm.attempts if not r.complete]
+        why = f" ({some(failed)})" if failed else ""
+        raise Refusal(
+            f"{arm.name}: {len(done)} complete run(s) of {len(arm.attempts)}{why};"
+            f" a comparison needs at least {MIN_RUNS} complete runs in each arm, add runs",
+            listing,
+        )
+    if sample_sd([run.loss for run in done]) == 0:
+        raise Refusal(
+            f"{arm.name}: all {len(done)} losses are {done[0].loss}: no variance, no t-test; vary the seed, add runs",
+            listing,
+        )
+
+
+def check_pair(base: Arm, arm: Arm, ignore: set[str]) -> None:
+    """Refuse to compare arms whose times or losses do not measure the same thing."""
+    ours, theirs = traits(arm.counted[0]), traits(base.counted[0])
+    for key in ("hardware", "recipe", "data", "target", "validation interval"):
+        if key not in ignore and ours[key] and theirs[key] and ours[key] != theirs[key]:
+            raise Refusal(
+                f"{base.name} and {arm.name} differ in {key}: {theirs[key]} against {ours[key]};"
+                " both arms of a comparison share it, run both alike or pass one arm at a time",
+                "\n".join(arm_line(a) for a in (base, arm)),
+            )
+    times = [[run.seconds for run in a.counted] for a in (base, arm)]
+    if None not in times[0] + times[1] and sample_sd(times[0]) == sample_sd(times[1]) == 0:
+        raise Refusal(
+            f"{base.name} and {arm.name}: no variance in the times of either arm, no t-test; add runs",
+            "\n".join(arm_line(a) for a in (base, arm)),
+        )
+
+
+def find_target(arms: list[Arm], given: float | None) -> tuple[float | None, str]:
+    """(target, where it comes from); None for contest logs, which are judged by bits per byte."""
+    if given is not None:
+        return given, "--target"
+    logged = arms[0].counted[0].head.get("target")
+    if logged is not None:
+        return logged, f"the 'target:' line of the logs of {arms[0].name}"
+    if any(run.kind == "contest" for arm in arms for run in arm.counted):
+        return None, "none: contest logs are judged by val_bpb; give --target to test their losses"
+    return DEFAULT_TARGET, "the default, because the logs name none"
+
+
+def find_warnings(arms: list[Arm]) -> list[str]:
+    """What weakens the comparison without making it meaningless, one sentence each."""
+    found, runs = [], [(arm, run) for arm in arms for run in arm.counted]
+    for key in ("host", "uuids", "driver", "torch", "triton", "python"):
+        values = defaultdict(Counter)
+        for arm, run in runs:
+            values[str(run.head.get(key, "not logged"))][arm.name] += 1
+        if len(values) > 1:
+            groups = [
+                f"{v} ({', '.join(f'{n} {c}' for n, c in counts.items())})" for v, counts in values.items()
+            ]
+            found.append(f"{key} differs between runs: {some(groups)}")
+    if not any("uuids" in run.head or "host" in run.head for _, run in runs):
+        found.append("the logs name neither GPU UUIDs nor host: one machine for all runs cannot be checked")
+    for arm in arms:
+        seeds = Counter(run.head["seed"] for run in arm.counted if "seed" in run.head)
+        repeated = [f"{seed} ({count} runs)" for seed, count in seeds.items() if count > 1]
+        if repeated:
+            found.append(f"{arm.name}: same-seed repeats are not independent losses: seed {some(repeated)}")
+        if dirty := [run.name for run in arm.counted if run.head.get("dirty") == "true"]:
+            found.append(f"{arm.name}: uncommitted changes in {some(dirty)}")
+        if any(run.kind == "llm.c" for run in arm.counted):
+            found.append(
+                f"{arm.name}: llm.c logs name no total of steps, so a cut at a validation would not show"
+            )
+        if (
+            arm is not arms[0]
+            and arm.counted[0].source
+            and arm.counted[0].source == arms[0].counted[0].source
+        ):
+            found.append(
+                f"{arm.name} has the source of {arms[0].name}: this is a baseline against itself (A/A)"
+            )
+    if len(arms) > 1 and all("started" in run.head for _, run in runs):
+        order = [arm.name for arm, run in sorted(runs, key=lambda pair: pair[1].head["started"])]
+        if sum(a != b for a, b in zip(order, order[1:], strict=False)) == len(arms) - 1:
+            found.append(
+                "the arms ran one after the other, not interleaved: drift looks like a gain or a loss"
+            )
+    used = {os.path.realpath(run.path) for arm in arms for run in arm.runs}
+    unused = sorted({path for arm in arms for path in arm.seen} - used)
+    if unused:
+        names = some([printable(os.path.basename(path)) for path in unused], 8)
+        found.append(f"{len(unused)} log(s) in the same folders are in no arm: {names}")
+    return found
+
+
+# 4. report --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One row of the table, at full precision; None where the logs have no clock or the test does not apply."""
+
+    runs: int
+    time_mean: float | None
+    time_sd: float | None
+    time_diff: float | None
+    time_p: float | None
+    time_p_two_sided: float | None
+    loss_mean: float
+    loss_sd: float
+    loss_diff: float
+    loss_p: float | None
+    bpb_mean: float | None
+    bpb_sd: float | None
+    bpb_diff: float | None
+
+
+def values(arm: Arm, key: str) -> list[float] | None:
+    """One number of each counted run, or None if a run has none."""
+    found = [getattr(run, key) for run in arm.counted]
+    return None if None in found else found
+
+
+def make_row(arm: Arm, base: Arm, target: float | None) -> Row:
+    """The statistics of an arm against the first row and the target."""
+    losses, base_losses = values(arm, "loss"), values(base, "loss")
+    times, base_times = values(arm, "seconds"), values(base, "seconds")
+    bpbs, base_bpbs = values(arm, "bpb"), values(base, "bpb")
+    tested = bool(times and base_times and arm is not base)
+    return Row(
+        runs=len(losses),
+        time_mean=mean(times) if times else None,
+        time_sd=sample_sd(times) if times else None,
+        time_diff=mean(times) - mean(base_times) if times and base_times else None,
+        time_p=welch_less(times, base_times) if tested else None,
+        time_p_two_sided=welch_two_sided(times, base_times) if tested else None,
+        loss_mean=mean(losses),
+        loss_sd=sample_sd(losses),
+        loss_diff=mean(losses) - mean(base_losses),
+        loss_p=one_sample_less(losses, target) if target is not None else None,
+        bpb_mean=mean(bpbs) if bpbs else None,
+        bpb_sd=sample_sd(bpbs) if bpbs else None,
+        bpb_diff=mean(bpbs) - mean(base_bpbs) if bpbs and base_bpbs else None,
+    )
+
+
+def table(names: list[str], rows: list[Row]) -> str:
+    """The community's table to its last digit; bits per byte follow where every run has them."""
+    columns = [
+        ("Runs", "runs"),
+        ("Time \u03bc", "time_mean"),
+        ("Time \u03c3", "time_sd"),
+        ("Time +/-", "time_diff"),
+        ("Time p", "time_p"),
+        ("Loss \u03bc", "loss_mean"),
+        ("Loss \u03c3", "loss_sd"),
+        ("Loss +/-", "loss_diff"),
+        ("p", "loss_p"),
+    ]
+    if len(rows) == 1:
+        columns = [column for column in columns if column[1] != "time_p"]
+    if any(row.bpb_mean is not None for row in rows):
+        columns += [("bpb \u03bc", "bpb_mean"), ("bpb \u03c3", "bpb_sd"), ("bpb +/-", "bpb_diff")]
+
+    def cell(row: Row, key: str) -> str:
+        value = getattr(row, key)
+        if value is None:
+            return "NaN" if key == "time_p" and row is rows[0] and row.time_mean is not None else "-"
+        return str(value) if key == "runs" else f"{value:.4f}"
+
+    width = max(map(len, names))
+    lines = [" " * width, *(name.ljust(width) for name in names)]
+    for title, key in columns:
+        cells = [title, *(cell(row, key) for row in rows)]
+        size = max(len(title) + 1, *map(len, cells))
+        lines = [f"{line} {text:>{size}}" for line, text in zip(lines, cells, strict=True)]
+    return "\n".join(lines)
+
+
+def run_line(run: Run) -> str:
+    """One run in one line: when, how it ended, what it measured, its file."""
+    seconds = f"{run.seconds:.3f} s" if run.seconds is not None else "no time"
+    loss = f"loss {run.loss:.4f}" if run.loss is not None else "no loss"
+    bpb = f" bpb {run.bpb:.4f}" if run.bpb is not None else ""
+    steps = f"step {run.steps_done}/{run.steps_planned}" if run.steps_done is not None else "no steps"
+    why = f" ({run.reason})" if run.reason else ""
+    when = run.head.get("started", "no date")
+    return f"{when:<19}  {run.status:<11} {steps}  {loss}{bpb}  {seconds:>10}  {run.name}{printable(why)}"
+
+
+def arm_line(arm: Arm) -> str:
+    """What the runs of an arm share, and how many of them count."""
+    facts = [v for k, v in traits(arm.counted[0]).items() if v and k != "clock"]
+    return f"{arm.name}: {len(arm.attempts)} attempts, {len(arm.counted)} complete; {', '.join(facts)}"
+
+
+def lists(arm: Arm) -> str:
+    """The losses and times of one arm as the community prints them."""
+
+    def show(key: str) -> str:
+        found = values(arm, key)
+        return f"[{', '.join(f'{x:.4f}' for x in found)}]" if found else "-"
+
+    lines = [f"{arm.name}:", f"  losses = {show('loss')}", f"  times  = {show('seconds')}"]
+    if values(arm, "bpb"):
+        lines.append(f"  bpb    = {show('bpb')}")
+    return "\n".join([*lines, f"  (n = {len(arm.counted)})"])
+
+
+def explain(arms: list[Arm], rows: list[Row], target: float | None, origin: str) -> str:
+    """Which test each p is, with its value at full use, and where the target comes from."""
+    lines = []
+    if len(arms) > 1:
+        lines.append(
+            f"Time p: Welch's t-test, one-sided (less): is the mean time below that of {arms[0].name}?"
+        )
+    for arm, row in zip(arms, rows, strict=True):
+        if row.time_p is not None:
+            lines.append(f"  {arm.name}: p = {row.time_p:.4g} (two-sided: {row.time_p_two_sided:.4g})")
+        if row.time_mean is None:
+            lines.append(f"  {arm.name}: no times, because {arm.counted[0].kind} logs hold no train_time")
+    if target is not None:
+        lines.append(f"p: one-sample t-test, one-sided (less): is the mean loss below the target {target:g}?")
+        lines += [f"  {a.name}: p = {r.loss_p:.4g}" for a, r in zip(arms, rows, strict=True)]
+    lines.append(f"Target: {f'{target:g}, ' if target is not None else ''}{origin}.")
+    labels = sorted({run.loss_from for arm in arms for run in arm.counted})
+    lines.append(
+        f"Losses: {', '.join(labels)} of each run. +/- is against the first row. One machine, one node?"
+    )
+    lines[-1] = lines[-1].removesuffix(" One machine, one node?")
+    return "\n".join(lines)
+
+
+def report(arms: list[Arm], rows: list[Row], target: float | None, origin: str, warnings: list[str]) -> str:
+    """Everything that is printed: table, lists, tests, every run launched, warnings."""
+    parts = [table([arm.name for arm in arms], rows), *map(lists, arms), explain(arms, rows, target, origin)]
+    for arm in arms:
+        parts.append("\n".join([arm_line(arm), *("  " + run_line(run) for run in arm.runs)]))
+    left = [f"  {arm.name}: {run_line(run)}" for arm in arms for run in arm.runs if not run.complete]
+    if left:
+        parts.append("\n".join(["Not counted:", *left]))
+    if warnings:
+        parts.append("\n".join(["Warnings:", *(f"  {text}" for text in warnings)]))
+    return "\n\n".join(parts)
+
+
+def as_json(arms: list[Arm], rows: list[Row], target: float | None, origin: str, warnings: list[str]) -> dict:
+    """The same at full precision; a number that is not finite becomes null."""
+
+    def finite(value):
+        return value if value is None or math.isfinite(value) else None
+
+    def points(found: list[Point]) -> list[list]:
+        return [[p.step, finite(p.loss), finite(p.seconds)] for p in found]
+
+    def record(run: Run) -> dict:
+        facts = ("name", "path", "kind", "status", "reason", "source", "sources", "digest", "steps_done")
+        facts += ("steps_planned", "loss_from", "peak_mib", "interval", "hardware")
+        measured = {key: finite(getattr(run, key)) for key in ("loss", "seconds", "bpb")}
+        return (
+            {key: getattr(run, key) for key in facts}
+            | measured
+            | {
+                "counted": run.complete,
+                "head": run.head,
+                "val": points(run.val),
+                "train": points(run.train[-1:]),
+                "train_lines": len(run.train),
+            }
+        )
+
+    return {
+        "schema": SCHEMA,
+        "target": target,
+        "target_from": origin,
+        "tests": TESTS,
+        "points": ["step", "loss", "seconds"],
+        "warnings": warnings,
+        "arms": [
+            {
+                "name": arm.name,
+                "argument": arm.arg,
+                "attempts": len(arm.attempts),
+                "complete": len(arm.counted),
+                "row": vars(row),
+                "losses": values(arm, "loss"),
+                "times": values(arm, "seconds"),
+                "bpb": values(arm, "bpb"),
+                "runs": [record(run) for run in arm.runs],
+            }
+            for arm, row in zip(arms, rows, strict=True)
+        ],
+    }
+
+
+# 5. plot ----------------------------------------------------------------------------------------------------
+
+
+def mean_curve(runs: list[Run], use_time: bool) -> tuple[list[float], list[float]]:
+    """Mean loss at each validation step that every run reached, against the mean time or the step."""
+    by_step = defaultdict(list)
+    for run in runs:
+        for point in run.val:
+            by_step[point.step].append(point)
+    shared = [(step, found) for step, found in sorted(by_step.items()) if len(found) == len(runs)]
+    xs = [mean([p.seconds for p in found]) if use_time else step for step, found in shared]
+    return xs, [mean([p.loss for p in found]) for _, found in shared]
+
+
+def draw_panel(axes, arms: list[Arm], target: float | None, use_time: bool) -> None:
+    """One panel: every run thin (dashed if it does not count), the mean of each arm thick, the target dotted."""
+    floor, ceiling, right = math.inf, 0.0, 0.0
+    for i, arm in enumerate(arms):
+        colour = f"C{i}"
+        for run in arm.attempts:
+            kept = [p for p in run.val if math.isfinite(p.loss) and (not use_time or p.seconds is not None)]
+            xs = [p.seconds if use_time else p.step for p in kept]
+            axes.plot(
+                xs, [p.loss for p in kept], color=colour, lw=0.6, alpha=0.5, ls="-" if run.complete else ":"
+            )
+            floor = min([floor, *(p.loss for p in kept)])
+            right = max([right, *xs])
+            ceiling = max([ceiling, *(p.loss for p, x in zip(kept, xs, strict=True) if x >= 0.1 * max(xs))])
+        if not use_time or values(arm, "seconds"):
+            label = f"{arm.name} (mean of n = {len(arm.counted)})"
+            xs, ys = mean_curve(arm.counted, use_time)
+            axes.plot(xs, ys, color=colour, lw=2, marker="o" if len(xs) < 25 else None, ms=3.5, label=label)
+    if target is not None:
+        axes.axhline(target, color="black", lw=1, ls="--", label=f"target {target:g}")
+        floor, ceiling = min(floor, target), max(ceiling, target)
+    if ceiling > floor:  # the first tenth of the run, with its large drop, is cut off
+        axes.set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.04 * (ceiling - floor))
+    axes.set_xlim(0, right * 1.02 or 1)
+    axes.set_xlabel("training time (s)" if use_time else "training step")
+    axes.grid(alpha=0.3)
+
+
+def save_plot(arms: list[Arm], target: float | None, path: str) -> None:
+    """Validation loss against time and against steps. The figure is drawn without a display."""
+    from matplotlib.figure import Figure
+
+    timed = [arm for arm in arms if values(arm, "seconds")]
+    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    draw_panel(panels[0], timed, target, use_time=True)
+    draw_panel(panels[1], arms, target, use_time=False)
+    if len(timed) < len(arms):
+        panels[0].set_title("arms without times are left out", fontsize=9)
+    panels[0].set_ylabel("validation loss")
+    panels[1].legend(fontsize=8)
+    replace_file(path, lambda temporary: figure.savefig(temporary))
+
+
+# 6. command line --------------------------------------------------------------------------------------------
+
+
+def replace_file(path: str, write) -> None:
+    """Write a file under a temporary name beside it, then rename: a failure leaves nothing half-written."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{printable(path)}: cannot be written ({error.strerror}); name another file"
+        ) from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def check_output(path: str | None, option: str, suffixes: tuple[str, ...], arms: list[Arm]) -> None:
+    """Refuse an output path that cannot work or that would overwrite a log."""
+    if path is None:
+        return
+    if suffixes and not path.lower().endswith(suffixes):
+        raise InputError(f"{option} {printable(path)}: the name must end in one of {', '.join(suffixes)}")
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise InputError(
+            f"{option} {printable(path)}: not a file in an existing folder; create the folder first"
+        )
+    if os.path.realpath(path) in {log for arm in arms for log in arm.seen}:
+        raise InputError(f"{option} {printable(path)}: is one of the logs; name another file")
+
+
+def target_number(text: str) -> float:
+    """--target as a finite, positive number."""
+    value = parse_number(text.encode())
+    if value is None or not 0 < value < math.inf:
+        raise InputError(
+            f"--target {printable(text)}: must be a finite positive loss, such as {DEFAULT_TARGET}"
+        )
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see compare_runs.py --help")
+
+
+HELP = """columns:
+  Runs             complete runs of the arm; only these are averaged
+  Time \u03bc, Time \u03c3   mean and sample standard deviation (n - 1) of train_time at the last validation, seconds
+  Time +/-         mean time minus that of the first row
+  Time p           Welch's t-test, one-sided: small if the arm is faster than the first row
+  Loss \u03bc, Loss \u03c3   mean and sample standard deviation of the last validation loss
+  Loss +/-         mean loss minus that of the first row
+  p                one-sample t-test, one-sided: small if the mean loss is below the target
+  bpb ...          the same for bits per byte, where every run of an arm has it
+
+arms:
+  a folder (searched with its subfolders for .txt, .log, also .gz and .xz), a file, a quoted glob, or one of
+  these with @<first digits of the source hash>; all runs of an arm share source, steps, validation interval,
+  hardware, recipe, data and target, or the arm is refused and its groups are shown
+
+examples:
+  compare_runs.py logs/baseline logs/candidate
+  compare_runs.py 'logs/ab/base_*' 'logs/ab/new_*' --plot ab.png
+  compare_runs.py logs/ab@1e951856 logs/ab@c09cf162 --json ab.json
+  compare_runs.py logs/candidate --target 3.28
+
+exit codes: 0 done, 2 bad input (one line on stderr says what, why and what to do)"""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
+        prog="compare_runs.py",
+        description="Compare training runs from their logs. The first arm is the baseline.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "baseline", metavar="BASELINE", help="the first arm: every +/- and Time p is against it"
+    )
+    parser.add_argument("candidates", metavar="CANDIDATE", nargs="*", help="further arms")
+    parser.add_argument("--json", metavar="FILE", help="write every number, run and warning to FILE")
+    parser.add_argument("--plot", metavar="FILE", help="draw the runs to FILE (.png, .svg or .pdf)")
+    parser.add_argument("--target", metavar="X", help="target loss; else that of the logs, else 3.28")
+    return parser.parse_args(argv)
+
+
+def compare(argv: list[str] | None) -> str:
+    """Load, check, test, write the files asked for; returns the report."""
+    args = parse_args(argv)
+    given = target_number(args.target) if args.target is not None else None
+    check_output(args.plot, "--plot", PLOT_SUFFIXES, [])
+    arms = [load_arm(arg) for arg in (args.baseline, *args.candidates)]
+    name_arms(arms)
+    check_output(args.json, "--json", (), arms)
+    check_output(args.plot, "--plot", PLOT_SUFFIXES, arms)
+    ignore = {"target"} if given is not None else set()
+    check_duplicates(arms)
+    for arm in arms:
+        check_mixed(arm, ignore)
+        check_counts(arm)
+    for arm in arms[1:]:
+        check_pair(arms[0], arm, ignore)
+    target, origin = find_target(arms, given)
+    rows = [make_row(arm, arms[0], target) for arm in arms]
+    warnings = find_warnings(arms)
+    if args.json:
+        text = json.dumps(as_json(arms, rows, target, origin, warnings), indent=1, allow_nan=False) + "\n"
+        replace_file(args.json, lambda temporary: Path(temporary).write_text(text))
+    if args.plot:
+        save_plot(arms, target, args.plot)
+    return report(arms, rows, target, origin, warnings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; exit code 0, or 2 with one line on stderr. A closed pipe is not an error."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            print(compare(argv), flush=True)
+        except InputError as error:
+            if isinstance(error, Refusal):
+                print(error.evidence, flush=True)
+            print(f"compare_runs.py: {error}", file=sys.stderr)
+            return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
