@@ -1,0 +1,1783 @@
+"""Train a small GPT to a fixed validation loss, as fast as is honest, on a laptop CPU or on many GPUs.
+
+    python train_gpt.py                                    one process: CPU or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py  eight GPUs of one host
+
+The recipe (model, stages, batch, learning rates) is a row of the tables in section 1; the command line says
+only where data and logs are. Every run log begins with the source of this file and of triton_kernels.py.
+
+Lineage: the maths is record 61 of the community speedrun (modded-nanogpt pull request 200) with the key
+offset of record 62 (pull request 201). Measured figures and their conditions are in LOG.md.
+
+Contents: grep '^# [0-9]' train_gpt.py
+Suffixes: B slots of a micro-batch, T tokens of a slot, N rows (B*T), D model dim, H heads, K head dim,
+F hidden dim, V padded vocabulary, L layers, M matrices of a bank, R rows and C columns of a matrix.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+# Fragmentation costs gigabytes at these shapes; the allocator reads the variable when torch is imported.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import triton_kernels as kernels
+
+# --------------------------------------------------------------------------------------------------------
+# 1. config: every number of the recipes
+
+GATE_DIM = 12  # gates read this many channels of their input
+BANK_MULTIPLE = 8  # matrices of a bank are padded to a multiple of this, so that 8 ranks share them evenly
+VOCAB_MULTIPLE = 128  # padded vocabulary rows take part in the softmax and are never masked
+GRAD_SCALE = 1 / 8  # the optimizer sees (sum of token losses of the global batch) / 8 at any world size
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+PROJECT = Path(__file__).resolve().parent
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message names the value, the rule and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One row of the layer table; `forward` reads it and knows no layer numbers."""
+
+    attn: str | None = "plain"  # "plain", "paired" (two heads attend to each other's keys) or None
+    window: str = "short"
+    key_offset: bool = False  # half of the key dims come from the previous token
+    value_embed: int | None = None  # which value-embedding table is added to the values
+    save_as: str | None = None  # the residual stream after this layer is kept under this name
+    skip_from: str | None = None  # a kept stream that is added, gated, before this layer
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One row of the schedule."""
+
+    steps: int
+    batch_tokens: int  # of the global batch
+    short: int  # window in tokens: a query sees itself and this many before it
+    long: int
+    lr_mul: float
+    mtp: tuple[tuple[float, float], ...] = (
+        (1, 1),
+    )  # (start, end) weight of the next token, the one after...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    name: str
+    layers: tuple[Layer, ...]
+    model_dim: int
+    num_heads: int
+    head_dim: int
+    hidden_dim: int
+    stages: tuple[Stage, ...]  # the last one is the extension: constant learning rate, longer windows
+    momentum: tuple[tuple[int, float], ...]  # (step, NorMuon momentum), linear in between
+    slots: int  # the global batch is packed as this many independent sequences
+    micro_tokens: int  # at most this many tokens in one forward pass
+    max_seq_len: int  # documents are cut here
+    val_tokens: int
+    val_slot: int  # tokens of one validation sequence
+    val_windows: tuple[int, int]  # (short, long) of the final validation
+    val_every: int  # steps
+    target: float  # validation loss the track asks for
+    fp8_head: bool
+    tokenizer: str | None = None  # the recipe's target means something only for this tokenizer
+    cooldown: float = 0.5  # fraction of the scheduled steps over which the learning rate falls
+    lr_floor: float = 0.1
+    muon_lr: float = 0.023
+    muon_beta2: float = 0.95
+    muon_wd: float = 1.2
+    adam_lr: float = 0.008
+    adam_eps: float = 1e-10
+    adam_wd: float = 0.005
+
+    @property
+    def scheduled_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages[:-1])
+
+    @property
+    def total_steps(self) -> int:
+        return self.scheduled_steps + self.stages[-1].steps
+
+    @property
+    def split_step(self) -> int:
+        """The odd step after which embedding and head are two parameters."""
+        return math.ceil(self.scheduled_steps * 2 / 3) | 1
+
+    @property
+    def max_window(self) -> int:
+        return max(self.val_windows[1], *(stage.long for stage in self.stages))
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(stage.steps * stage.batch_tokens for stage in self.stages)
+
+
+LAYERS = (
+    Layer(attn="paired", value_embed=1),
+    Layer(value_embed=2),
+    Layer(attn="paired"),
+    Layer(window="long", key_offset=True, save_as="skip"),
+    Layer(),
+    Layer(attn="paired"),
+    Layer(attn=None, skip_from="skip"),
+    Layer(save_as="backout"),
+    Layer(value_embed=0),
+    Layer(attn="paired", value_embed=1),
+    Layer(window="long", key_offset=True, value_embed=2),
+)
+TINY_LAYERS = (  # every kind of row of LAYERS once
+    Layer(attn="paired", value_embed=1),
+    Layer(window="long", key_offset=True, save_as="skip"),
+    Layer(attn=None, skip_from="skip"),
+    Layer(value_embed=0, save_as="backout"),
+    Layer(window="long", key_offset=True, value_embed=2),
+)
+
+
+# fmt: off
+def gpt_stages(steps: int, extension: int) -> tuple[Stage, ...]:
+    """The full model's schedule: three stages of `steps`, then `extension`. 1.52 = 2**0.6, 1.73 = 3**0.5."""
+    k = 1024
+    return (
+        #     steps      batch    short long  lr_mul weights of the next tokens
+        Stage(steps,     128 * k, 128,  384,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
+        Stage(steps,     256 * k, 384,  896,  1.52, ((1, 1), (0.5, 0))),
+        Stage(steps,     384 * k, 640,  1408, 1.73),
+        Stage(extension, 384 * k, 768,  1664, 1.73),
+    )
+
+
+SHORT = Recipe(
+    name="short", layers=LAYERS, model_dim=768, num_heads=6, head_dim=128, hidden_dim=3072,
+    stages=gpt_stages(575, 40), momentum=((0, 0.85), (300, 0.95), (1715, 0.95), (1765, 0.85)),
+    slots=8, micro_tokens=64 * 1024, max_seq_len=2048,
+    val_tokens=10 * 1024 * 1024, val_slot=256 * 1024, val_windows=(768, 2560), val_every=250,
+    target=3.28, fp8_head=True, tokenizer="gpt2",
+)
+SPRINT = dataclasses.replace(
+    SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322,
+    momentum=((0, 0.85), (60, 0.95), (343, 0.95), (353, 0.85)),
+)
+TINY = Recipe(
+    name="tiny", layers=TINY_LAYERS, model_dim=128, num_heads=4, head_dim=32, hidden_dim=512,
+    stages=(
+        Stage(45, 3072, 32,  96,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
+        Stage(45, 6144, 64,  160, 1.52, ((1, 1), (0.5, 0))),
+        Stage(45, 9216, 96,  224, 1.73),
+        Stage(5,  9216, 128, 256, 1.73),
+    ),
+    momentum=((0, 0.85), (25, 0.95), (130, 0.95), (140, 0.85)),
+    slots=12, micro_tokens=9216, max_seq_len=768,
+    val_tokens=65536, val_slot=2048, val_windows=(128, 384), val_every=20,
+    target=4.0, fp8_head=False,
+)
+RECIPES = {recipe.name: recipe for recipe in (TINY, SPRINT, SHORT)}
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One row of the parameter table. The order of the rows is the order in which gradients are sent."""
+
+    name: str
+    optim: str  # "normuon" or "adam"
+    comms: str  # "sharded" (reduce-scatter, own rows, all-gather) or "replicated" (all-reduce)
+    work: int  # place in the order of updates: small and early-arriving first, polar express last
+    betas: tuple[float, float] = (0.9, 0.99)
+    lr_mul: tuple[float, ...] = (1.0,)  # cycled over the matrices of a bank
+    wd_mul: float = 1.0
+    tied_to: str | None = None  # until the split step a transposed copy of this parameter
+
+
+# NorMuon's lr_mul for a matrix of R rows and C columns is max(1, R/C)**0.5, and twice that for c_proj.
+MLP_LR_MUL = ((3072 / 768) ** 0.5, 2 * (3072 / 768) ** 0.5)
+PARAMS = (
+    #     name              optim      comms         work betas          lr_mul     wd_mul
+    Param("attn_bank", "normuon", "sharded", 11),
+    Param("mlp_bank", "normuon", "sharded", 12, lr_mul=MLP_LR_MUL),
+    Param("scalars", "adam", "replicated", 0, (0.90, 0.99), (5.0,), 0),
+    Param("ve0", "adam", "sharded", 6, (0.75, 0.95), (75.0,), 5),
+    Param("ve1", "adam", "sharded", 7, (0.75, 0.95), (75.0,), 5),
+    Param("ve2", "adam", "sharded", 8, (0.75, 0.95), (75.0,), 5),
+    Param("smear_gate", "adam", "replicated", 1, (0.90, 0.99), (0.01,), 0),
+    Param("skip_gate", "adam", "replicated", 2, (0.90, 0.99), (0.05,), 0),
+    Param("attn_gate_bank", "adam", "replicated", 3, (0.90, 0.99), (1.0,), 1),
+    Param("ve_gate_bank", "adam", "replicated", 4, (0.90, 0.99), (1.0,), 1),
+    Param("x0_lambdas", "adam", "replicated", 5, (0.65, 0.95), (5.0,), 0),
+    Param("lm_head", "adam", "sharded", 9, (0.50, 0.95), (1.0,), 150),
+    Param("embed", "adam", "sharded", 10, (0.50, 0.95), (1.0,), 150, tied_to="lm_head"),
+)
+WORK_ORDER = tuple(sorted(PARAMS, key=lambda row: row.work))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A recipe together with what the data and the machine decide."""
+
+    recipe: Recipe
+    vocab_size: int  # of the tokenizer
+    bos_id: int
+    slots: int
+    dtype: torch.dtype
+    attention: str  # backend of kernels.attention
+    fp8_head: bool
+
+    @property
+    def padded_vocab(self) -> int:
+        return round_up(self.vocab_size, VOCAB_MULTIPLE)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def packing(recipe: Recipe, world_size: int) -> int:
+    """How many slots the global batch is packed into at this world size.
+
+    The recipe's own number where the world size divides it, so that training is the same up to rounding; a
+    common multiple otherwise, where documents are cut in other places.
+    """
+
+    def fits(world: int) -> bool:
+        slots = math.lcm(recipe.slots, world)
+        return all(s.batch_tokens % slots == 0 and s.batch_tokens // slots % 16 == 0 for s in recipe.stages)
+
+    if not fits(world_size):
+        smallest = min(s.batch_tokens for s in recipe.stages)
+        good = ", ".join(str(w) for w in range(1, 129) if w <= smallest // 16 and fits(w))
+        raise InputError(
+            f"world size {world_size} does not divide the batches of recipe {recipe.name} "
+            f"({', '.join(str(s.batch_tokens) for s in recipe.stages)} tokens); use one of {good}"
+        )
+    return math.lcm(recipe.slots, world_size)
+
+
+def slots_per_pass(slots: int, slot_tokens: int, micro_tokens: int) -> int:
+    """The largest divisor of `slots` whose tokens fit in one forward pass; at least 1."""
+    return max(
+        b for b in range(1, slots + 1) if slots % b == 0 and (b == 1 or b * slot_tokens <= micro_tokens)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# 2. ranks, log, clock
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def from_torchrun(cls) -> "Ranks":
+        """Read torchrun's environment; a single process where there is none. Starts no process group."""
+        rank, local, world = (
+            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if not torch.cuda.is_available():
+            return cls(rank, local, world, torch.device("cpu"))
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {local} has no GPU: this host shows {torch.cuda.device_count()}; "
+                f"start torchrun with --nproc_per_node={torch.cuda.device_count()} or fewer"
+            )
+        return cls(rank, local, world, torch.device("cuda", local))
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """All-reduce in place (float64 on the CPU side is kept); the same tensor is returned."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    @contextlib.contextmanager
+    def process_group(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            options = {"device_id": self.device} if self.device.type == "cuda" else {}
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", **options)
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def gpu_lines(device: torch.device) -> list[tuple[str, str]]:
+    """`gpu i: name uuid` for every GPU of this host and its driver version, from nvidia-smi."""
+    if device.type != "cuda":
+        return [("cpu", f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")]
+    query = ["nvidia-smi", "--query-gpu=name,uuid,driver_version", "--format=csv,noheader"]
+    try:
+        rows = (
+            subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+            .stdout.strip()
+            .split("\n")
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return [("gpu 0", torch.cuda.get_device_name(device)), ("driver", f"unknown ({error})")]
+    fields = [[f.strip() for f in row.split(",")] for row in rows]
+    return [(f"gpu {i}", f"{name} {uid}") for i, (name, uid, _) in enumerate(fields)] + [
+        ("driver", fields[0][2])
+    ]
+
+
+def git_state() -> tuple[str, str]:
+    """(commit, "true" | "false" for uncommitted changes), or ("unknown", "unknown") outside a repository."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", PROJECT, *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), str(bool(git("status", "--porcelain"))).lower()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", "unknown"
+
+
+class Log:
+    """The run log: source, conditions, step lines, closing line; a JSON twin holds conditions and result.
+
+    Only the master writes; on a terminal a live line is kept below what is printed.
+    """
+
+    def __init__(self, path: Path, is_master: bool) -> None:
+        self.path, self.is_master = path, is_master
+        self.file, self.meta, self.live = None, {}, ""
+        if is_master:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = path.open("x", encoding="utf-8")
+            except FileExistsError:
+                raise InputError(
+                    f"log {path} exists and is never overwritten; name another with --out"
+                ) from None
+            except OSError as error:
+                raise InputError(
+                    f"log {path} cannot be written ({error.strerror}); name another with --out"
+                ) from None
+
+    def write(self, text: str) -> None:
+        if self.file:
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    def say(self, text: str) -> None:
+        """To the log and to the terminal."""
+        self.write(text)
+        if self.is_master:
+            print(f"\r\033[K{text}" if self.live else text, flush=True)
+            self.live = ""
+
+    def progress(self, text: str) -> None:
+        """To the terminal alone, where there is one, on one line that is overwritten."""
+        if self.is_master and sys.stdout.isatty():
+            self.live = text[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{self.live}", end="", flush=True)
+
+    def header(self, sources: Sequence[Path], versions: Sequence[str], meta: dict[str, str]) -> None:
+        """Everything that is needed to know, and to repeat, what ran."""
+        self.meta = meta
+        for path in sources:
+            text = path.read_text(encoding="utf-8")
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            self.write(
+                f"#### source {path.name} sha256={digest} lines={text.count(chr(10))}\n{text.rstrip(chr(10))}"
+            )
+        self.write("\n".join(["=" * 100, *versions, *(f"{k}: {v}" for k, v in meta.items()), "=" * 100]))
+
+    def close(self, status: str, result: dict[str, object]) -> None:
+        """The closing line; then the JSON twin, written whole or not at all."""
+        if self.file is None:
+            return
+        self.say(f"status: {status}")
+        self.file.close()
+        self.file = None
+        atomically(
+            self.path.with_suffix(".json"),
+            lambda p: p.write_text(
+                json.dumps({"format": 1, "meta": self.meta, "result": {"status": status, **result}}, indent=1)
+                + "\n"
+            ),
+        )
+
+
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary name in the same folder, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Clock:
+    """The published time: wall time between start() and the end, less what runs inside paused()."""
+
+    def __init__(self, device: torch.device, elapsed_ms: float = 0.0) -> None:
+        self.device, self.elapsed_ms, self.started = device, elapsed_ms, None
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def start(self) -> None:
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self.synchronize()
+        self.elapsed_ms = self.ms()
+        self.started = None
+        yield
+        self.start()
+
+    def ms(self) -> float:
+        """Without a synchronisation: queued device work is not waited for."""
+        running = 0.0 if self.started is None else 1000 * (time.perf_counter() - self.started)
+        return self.elapsed_ms + running
+
+
+# --------------------------------------------------------------------------------------------------------
+# 3. data: shards, document index, batches
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A prepared folder: its shards, its vocabulary and the hash of its manifest."""
+
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    vocab_size: int
+    bos_id: int
+    tokenizer: str
+    token_bytes: np.ndarray  # uint16 [vocab_size], UTF-8 bytes of each token
+    sha256: str
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Read and check the manifest and every shard's header and size (not its content)."""
+        path = folder / "manifest.json"
+        remedy = "prepare one with data/prepare.py or data/fineweb.py"
+        if not path.is_file():
+            raise InputError(f"no manifest.json in {folder}, so there is no prepared data there; {remedy}")
+        try:
+            manifest = json.loads(path.read_bytes())
+            tok, splits = manifest["tokenizer"], manifest["splits"]
+            table = folder / manifest["token_bytes"]["file"]
+            token_bytes = np.load(table, allow_pickle=False)
+            found = {s: tuple(sorted(folder.glob(f"*_{s}_*.bin"))) for s in ("train", "val")}
+            for split, files in found.items():
+                declared = {row["file"]: row["tokens"] for row in splits[split]["shards"]}
+                if {f.name for f in files} != set(declared):
+                    raise InputError(
+                        f"{folder} holds {len(files)} {split} shards but its manifest names {len(declared)}: "
+                        f"different are {sorted({f.name for f in files} ^ set(declared))[:3]}; {remedy}"
+                    )
+                for file in files:
+                    check_shard(file, declared[file.name])
+            corpus = cls(
+                *found.values(), tok["vocab_size"], tok["bos_id"], tok["kind"], token_bytes, sha256_of(path)
+            )
+        except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            raise InputError(
+                f"manifest {path} cannot be used ({type(error).__name__}: {error}); {remedy}"
+            ) from None
+        if (
+            len(corpus.token_bytes) != corpus.vocab_size
+            or not 0 <= corpus.bos_id < corpus.vocab_size <= 65536
+        ):
+            raise InputError(
+                f"manifest {path}: vocab_size {corpus.vocab_size}, bos_id {corpus.bos_id} and a byte table of "
+                f"{len(corpus.token_bytes)} entries do not fit together; {remedy}"
+            )
+        return corpus
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_shard(path: Path, declared: int | None = None) -> int:
+    """The number of tokens of a shard; InputError where header, size or manifest disagree."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    remedy = "fetch or prepare it again"
+    if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC:
+        raise InputError(
+            f"{path} is not a token shard (it must begin with the number {SHARD_MAGIC}); {remedy}"
+        )
+    if header[1] != SHARD_VERSION:
+        raise InputError(
+            f"{path} is a shard of version {header[1]}, this program reads version {SHARD_VERSION}"
+        )
+    tokens, size = int(header[2]), path.stat().st_size
+    if size != 4 * SHARD_HEADER_INTS + 2 * tokens:
+        raise InputError(
+            f"{path} is {size} bytes but {tokens} tokens need {4 * SHARD_HEADER_INTS + 2 * tokens}; {remedy}"
+        )
+    if declared is not None and tokens != declared:
+        raise InputError(f"{path} has {tokens} tokens but the manifest says {declared}; {remedy}")
+    return tokens
+
+
+def map_shard(path: Path) -> np.ndarray:
+    """Tokens as a read-only uint16 memory map."""
+    check_shard(path)
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The usable documents of one shard; `ends` makes filling a slot one binary search."""
+
+    tokens: np.ndarray  # uint16 [shard]
+    starts: np.ndarray  # int64 [documents]
+    ends: np.ndarray  # int64 [documents + 1], running sum of the lengths after the cut at max_seq_len
+
+    @classmethod
+    def index(cls, path: Path, corpus: Corpus, max_seq_len: int, head: int | None = None) -> "Documents":
+        """Scan a shard for BOS tokens; with `head`, only its first tokens, leaving out the cut document."""
+        tokens = map_shard(path)
+        part = np.asarray(tokens[:head])
+        starts = np.flatnonzero(part == corpus.bos_id)
+        if len(part) and int(part.max()) >= corpus.vocab_size:
+            raise InputError(
+                f"{path} holds token {part.max()}, the vocabulary of its manifest ends at {corpus.vocab_size - 1}"
+            )
+        if len(part) < len(tokens):
+            starts, edges = starts[:-1], starts
+        else:
+            edges = np.append(starts, len(tokens))
+        return cls(tokens, starts, np.append(0, np.cumsum(np.minimum(np.diff(edges), max_seq_len))))
+
+    def fill(self, first: int, slot_tokens: int) -> int | None:
+        """The document after the last one that a slot beginning at document `first` takes."""
+        after = int(np.searchsorted(self.ends, self.ends[first] + slot_tokens + 1))
+        return after if after < len(self.ends) else None
+
+    def fill_batch(self, first: int, slots: int, slot_tokens: int) -> list[int] | None:
+        """Document bounds [slots + 1] of consecutive slots, or None if the shard has too few left."""
+        bounds = [first]
+        for _ in range(slots):
+            after = self.fill(bounds[-1], slot_tokens) if bounds[-1] < len(self.starts) else None
+            if after is None:
+                return None
+            bounds.append(after)
+        return bounds
+
+    def pack(self, first: int, after: int, slot_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint16 tokens [slot_tokens + 1] of documents first..after-1, and where each begins in the slot."""
+        begins = self.ends[first:after] - self.ends[first]
+        lengths = np.diff(self.ends[first : after + 1])
+        lengths[-1] = slot_tokens + 1 - begins[-1]
+        spans = zip(self.starts[first:after].tolist(), lengths.tolist(), strict=True)
+        return np.concatenate([self.tokens[s : s + n] for s, n in spans]), begins
+
+
+class Batch(NamedTuple):
+    """One micro-batch of B slots on the device."""
+
+    tokens_BT: Tensor  # int32
+    targets_BT: Tensor  # int64; the next token of the packed slot, over document ends
+    cu_seqlens: Tensor  # int32 [documents + 1] over the B*T rows, padded at its end with B*T
+
+
+def make_batch(slots: Sequence[tuple[np.ndarray, np.ndarray]], max_docs: int, device: torch.device) -> Batch:
+    """Put packed slots side by side; `max_docs` fixes the shape of cu_seqlens."""
+    packed = torch.from_numpy(np.stack([tokens for tokens, _ in slots]).astype(np.int32))
+    slot_tokens = packed.shape[1] - 1
+    begins = np.concatenate([b + i * slot_tokens for i, (_, b) in enumerate(slots)])
+    cu = torch.full((max_docs + 1,), len(slots) * slot_tokens, dtype=torch.int32)
+    assert len(begins) <= max_docs, f"{len(begins)} documents in a batch planned for {max_docs}"
+    cu[: len(begins)] = torch.from_numpy(begins.astype(np.int32))
+    tensors = packed[:, :-1].contiguous(), packed[:, 1:].to(torch.int64), cu
+    if device.type == "cuda":
+        tensors = tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return Batch(*tensors)
+
+
+def indexes(files: Sequence[Path], corpus: Corpus, max_seq_len: int) -> Iterator[tuple[bool, Documents]]:
+    """(whether a new shard begins, its documents), the next shard indexed while this one is used.
+
+    The first shard is needed at once, so an index of its first 4 M tokens comes before its whole one.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = pool.submit(Documents.index, files[0], corpus, max_seq_len)
+        yield True, Documents.index(files[0], corpus, max_seq_len, head=4_000_000)
+        for i in range(len(files)):
+            current = ahead
+            if i + 1 < len(files):
+                ahead = pool.submit(Documents.index, files[i + 1], corpus, max_seq_len)
+            yield i > 0, current.result()
+
+
+def batch_bounds(recipe: Recipe, slots: int, corpus: Corpus) -> Iterator[tuple[Documents, list[int]]]:
+    """For every step of the schedule the shard in use and the document bounds of all slots of the batch.
+
+    Each document is used at most once; what is left of a shard too short for a batch is dropped.
+    """
+    steps = (stage.batch_tokens // slots for stage in recipe.stages for _ in range(stage.steps))
+    slot_tokens, done, cursor = next(steps), 0, 0
+    for is_new, documents in indexes(corpus.train, corpus, recipe.max_seq_len):
+        cursor = 0 if is_new else cursor
+        while bounds := documents.fill_batch(cursor, slots, slot_tokens):
+            yield documents, bounds
+            cursor, done = bounds[-1], done + 1
+            if (slot_tokens := next(steps, None)) is None:
+                return
+    raise InputError(
+        f"the training shards last for {done} of {recipe.total_steps} steps of recipe {recipe.name}, which trains on "
+        f"{recipe.train_tokens:,} tokens after documents are cut at {recipe.max_seq_len} tokens and at slot ends; "
+        f"add shards (they hold {sum(map(check_shard, corpus.train)):,} tokens before cuts) or choose a smaller recipe"
+    )
+
+
+def check_train_data(recipe: Recipe, slots: int, corpus: Corpus) -> int:
+    """InputError if the data does not last; otherwise the most documents that any one slot holds."""
+    return max(max(np.diff(bounds)) for _, bounds in batch_bounds(recipe, slots, corpus))
+
+
+def batches(
+    cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first_step: int = 0
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each step from `first_step` on."""
+    recipe, per_rank = cfg.recipe, cfg.slots // ranks.world_size
+    stages = [stage for stage in recipe.stages for _ in range(stage.steps)]
+    for step, (documents, bounds) in enumerate(batch_bounds(recipe, cfg.slots, corpus)):
+        if step < first_step:
+            continue
+        slot_tokens = stages[step].batch_tokens // cfg.slots
+        mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+        packed = [documents.pack(bounds[i], bounds[i + 1], slot_tokens) for i in mine]
+        size = slots_per_pass(per_rank, slot_tokens, recipe.micro_tokens)
+        groups = [packed[i : i + size] for i in range(0, per_rank, size)]
+        yield [make_batch(group, size * max_docs, ranks.device) for group in groups]
+
+
+@dataclass(frozen=True, slots=True)
+class ValSet:
+    """Validation sequences in stream order, not aligned to documents."""
+
+    slots: list[tuple[np.ndarray, np.ndarray]]  # (tokens [val_slot + 1], document starts), of this rank
+    max_docs: int  # of any slot of any rank
+    max_seq_len: int
+    num_tokens: int  # targets of all ranks
+    num_bytes: int  # UTF-8 bytes that these targets stand for
+
+    @classmethod
+    def read(cls, recipe: Recipe, corpus: Corpus, ranks: Ranks) -> "ValSet":
+        tokens = np.concatenate([map_shard(f)[: recipe.val_tokens + 1] for f in corpus.val])[
+            : recipe.val_tokens + 1
+        ]
+        if len(tokens) <= recipe.val_tokens:
+            raise InputError(
+                f"recipe {recipe.name} validates on {recipe.val_tokens + 1:,} tokens, the validation shards hold "
+                f"{len(tokens):,}; prepare more with data/prepare.py --val or --val-fraction"
+            )
+        if int(tokens.max()) >= corpus.vocab_size:
+            raise InputError(
+                f"validation token {tokens.max()} lies outside the manifest's vocabulary of {corpus.vocab_size}"
+            )
+        slots = []
+        for at in range(0, recipe.val_tokens, recipe.val_slot):
+            part = tokens[at : at + recipe.val_slot + 1]
+            slots.append((part, np.union1d(0, np.flatnonzero(part[:-1] == corpus.bos_id))))
+        longest = max(int(np.diff(np.append(b, recipe.val_slot)).max()) for _, b in slots)
+        num_bytes = int(corpus.token_bytes[tokens[1:]].sum(dtype=np.int64))
+        max_docs = max(len(b) for _, b in slots)
+        return cls(
+            slots[ranks.rank :: ranks.world_size],
+            max_docs,
+            round_up(longest, 128),
+            len(tokens) - 1,
+            num_bytes,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------
+# 4. schedule: pure functions of the step
+
+
+@dataclass(frozen=True, slots=True)
+class Sched:
+    step: int
+    stage: int
+    windows: tuple[int, int]  # (short, long) in tokens
+    mtp: tuple[float, float, float]
+    lr: float  # multiplier of every base learning rate
+    momentum: float  # of NorMuon
+    is_adam_step: bool  # Adam parameters move on odd steps, with the gradients of two steps
+
+
+def ramp(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through (x, y) points, constant outside."""
+    return float(np.interp(x, [p[0] for p in points], [p[1] for p in points]))
+
+
+def stage_of(recipe: Recipe, step: int) -> tuple[int, int]:
+    """(stage index, step within the stage); the last stage goes on for ever."""
+    for i, stage in enumerate(recipe.stages[:-1]):
+        if step < stage.steps:
+            return i, step
+        step -= stage.steps
+    return len(recipe.stages) - 1, step
+
+
+def at(recipe: Recipe, step: int) -> Sched:
+    """The schedule of the step about to be executed; `step` = total steps is the final validation."""
+    index, within = stage_of(recipe, step)
+    stage = recipe.stages[index]
+    # A stage's learning rate begins one step after its batch does.
+    lr_mul = recipe.stages[stage_of(recipe, max(step - 1, 0))[0]].lr_mul
+    left = min(max((1 - step / recipe.scheduled_steps) / recipe.cooldown, 0), 1)
+    weights = [ramp(((0, start), (stage.steps, end)), within) for start, end in stage.mtp]
+    return Sched(
+        step=step,
+        stage=index,
+        windows=recipe.val_windows if step == recipe.total_steps else (stage.short, stage.long),
+        mtp=(*weights, 0.0, 0.0)[:3],
+        lr=lr_mul * left + recipe.lr_floor * (1 - left),
+        momentum=ramp(recipe.momentum, step),
+        is_adam_step=step % 2 == 1,
+    )
+
+
+def yarn(recipe: Recipe, stage: int) -> tuple[Tensor, float]:
+    """(rotary frequencies float32 [head_dim / 4], attention scale) after the window changes up to `stage`.
+
+    Half of the head's dims rotate. When the long window grows, frequencies that turn less than once in the old
+    window are slowed in proportion, those that turn 32 times or more stay. Source: arXiv 2309.00071.
+    """
+    freqs = (1 / 1024) ** torch.linspace(0, 1, recipe.head_dim // 4)
+    scale = 0.1
+    for old, new in (
+        (a.long, b.long) for a, b in zip(recipe.stages, recipe.stages[1 : stage + 1], strict=False)
+    ):
+        turns = old * freqs / (2 * math.pi)
+        keep = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        freqs = freqs * (old / new + keep * (1 - old / new))
+        scale *= 1 + 0.2 * math.log(new / old)
+    return freqs, scale
+
+
+# --------------------------------------------------------------------------------------------------------
+# 5. blocks
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def shift(x_BT: Tensor) -> Tensor:
+    """One position later; position 0 keeps its own."""
+    return torch.cat((x_BT[:, :1], x_BT[:, :-1]), dim=1)
+
+
+def rotate(x_BTHK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Rotate adjacent pairs of the first half of the head's dims; the other half stays.
+
+    cos, sin: [T, 1, head_dim / 4] for plain heads; paired heads bring x as [B, T, H/2, 2, K] and two positions.
+    """
+    turning, still = x_BTHK.chunk(2, dim=-1)
+    even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos_TK + odd * sin_TK, odd * cos_TK - even * sin_TK), dim=-1)
+    return torch.cat((turned.flatten(-2), still), dim=-1)
+
+
+class Knobs(NamedTuple):
+    """What changes during training without a new compilation: 0-D CPU tensors, and weights on the device."""
+
+    short: Tensor  # int64 window
+    long: Tensor
+    scale: Tensor  # float32, attention
+    mtp_K: Tensor  # float32 [3], on the device
+
+
+class Layout:
+    """Named slices of one vector: ("resid", 11, 1.1) is 11 entries that begin as 1.1."""
+
+    def __init__(self, *rows: tuple[str, int, float], multiple: int = 8) -> None:
+        self.size = round_up(sum(count for _, count, _ in rows), multiple)
+        self.init = torch.ones(self.size)
+        self.slices, at = {}, 0
+        for name, count, value in rows:
+            self.slices[name] = slice(at, at + count)
+            self.init[self.slices[name]] = value
+            at += count
+
+
+def scalar_layout(num_layers: int) -> Layout:
+    """The `scalars` parameter; qkv and out multiply the attention weights of each layer."""
+    return Layout(
+        ("resid", num_layers, 1.1),
+        ("qkv", num_layers, 0.5),
+        ("out", num_layers, 1.0),
+        ("smear", 1, 0.0),
+        ("backout", 1, 0.5),
+        ("skip", 1, -1.5),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# 6. model
+
+VAL_ROWS = 32768  # rows of logits at a time in evaluation: 3.3 GB in bf16
+
+
+class GPT(nn.Module):
+    """Parameters in banks, one loop over the layer table."""
+
+    def __init__(self, cfg: Config, seed: int) -> None:
+        """Parameters on the CPU, the same for the same seed on every device and rank."""
+        super().__init__()
+        r, gen = cfg.recipe, torch.Generator().manual_seed(seed)
+        self.cfg, self.layers, self.layout = cfg, r.layers, scalar_layout(len(r.layers))
+        attending = [layer for layer in r.layers if layer.attn]
+        value_layers = [layer for layer in r.layers if layer.value_embed is not None]
+        attn_rows = round_up(4 * len(attending), BANK_MULTIPLE) // 4
+        mlp_rows = round_up(2 * len(r.layers), BANK_MULTIPLE) // 2
+        std = r.model_dim**-0.5
+        init = {
+            "attn_bank": torch.zeros(attn_rows, 4, r.model_dim, r.model_dim),  # matrices q, k, v, o
+            "mlp_bank": torch.zeros(mlp_rows, 2, r.hidden_dim, r.model_dim),  # c_fc and, transposed, c_proj
+            "scalars": self.layout.init.clone(),
+            **{f"ve{i}": torch.zeros(cfg.padded_vocab, r.model_dim) for i in range(3)},
+            "smear_gate": torch.zeros(1, GATE_DIM),
+            "skip_gate": torch.zeros(1, GATE_DIM),
+            "attn_gate_bank": torch.zeros(len(attending), r.num_heads, GATE_DIM),
+            "ve_gate_bank": torch.zeros(len(value_layers), r.num_heads, GATE_DIM),
+            "x0_lambdas": torch.zeros(len(r.layers)),
+            "lm_head": torch.empty(r.model_dim, cfg.padded_vocab).normal_(std=0.005, generator=gen),
+        }
+        # Uniform with the standard deviation given: a bound of sqrt(3) times it.
+        init["attn_bank"][:, :3].uniform_(-(3**0.5) * std, 3**0.5 * std, generator=gen)
+        init["mlp_bank"][:, 0].uniform_(-(3**0.5) * std / 2, 3**0.5 * std / 2, generator=gen)
+        init["embed"] = init["lm_head"].T.contiguous()
+        for name, value in init.items():
+            dtype = torch.float32 if name in ("scalars", "x0_lambdas") else cfg.dtype
+            self.register_parameter(name, nn.Parameter(value.to(dtype)))
+        # Twice the longest slot: paired heads give every token two positions.
+        longest = max(r.val_slot, *(stage.batch_tokens // cfg.slots for stage in r.stages))
+        for name in ("cos", "sin"):
+            self.register_buffer(
+                name, torch.zeros(2 * longest, r.head_dim // 4, dtype=cfg.dtype), persistent=False
+            )
+        self.set_rotary(yarn(r, 0)[0])
+
+    def set_rotary(self, freqs: Tensor) -> None:
+        """Fill the tables in place, so that nothing recompiles."""
+        angles = torch.outer(torch.arange(len(self.cos), device=self.cos.device), freqs.to(self.cos.device))
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def attend(self, x_BTD: Tensor, layer: Layer, w: dict[str, Tensor], docs: tuple, knobs: Knobs) -> Tensor:
+        """Attention of one layer: x is normalised; `w` holds the layer's weights and gates."""
+        r, (B, T, _) = self.cfg.recipe, x_BTD.shape
+        H, K, paired = r.num_heads, r.head_dim, layer.attn == "paired"
+        q, k, v = F.linear(x_BTD, w["qkv"]).view(B, T, 3 * H, K).chunk(3, dim=2)
+        q, k = norm(q), norm(k)
+        if layer.value_embed is not None:
+            gate = 2 * torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], w["ve_gate"]))
+            v = v + gate.unsqueeze(-1) * w["ve"].view(B, T, H, K)
+        if paired:
+            # Two neighbours of the H heads get positions 2t and 2t+1; in memory the two halves of the heads
+            # then become rows 2t and 2t+1 of a sequence twice as long.
+            cos, sin = (table[: 2 * T].view(T, 1, 2, -1) for table in (self.cos, self.sin))
+            q, k = (rotate(z.view(B, T, H // 2, 2, K), cos, sin).reshape(B, 2 * T, H // 2, K) for z in (q, k))
+            v = v.reshape(B, 2 * T, H // 2, K)
+        else:
+            cos, sin = (table[:T].unsqueeze(1) for table in (self.cos, self.sin))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if layer.key_offset:
+            turning, still = k.chunk(2, dim=-1)
+            k = torch.cat((turning, shift(still)), dim=-1)
+        cu_seqlens, max_seq_len = docs
+        y = kernels.attention(
+            q,
+            k,
+            v.contiguous(),
+            cu_seqlens * 2 if paired else cu_seqlens,
+            max_seq_len * 2 if paired else max_seq_len,
+            getattr(knobs, layer.window),
+            knobs.scale,
+            r.max_window,
+            self.cfg.attention,
+        ).view(B, T, H, K)
+        y = y * torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], w["attn_gate"])).unsqueeze(-1)
+        return F.linear(y.flatten(2), w["out"])
+
+    def layer_weights(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
+        """Per layer its slices of the banks. Banks are split once, by unbind, to avoid select-backward kernels."""
+        qkv_mul, out_mul = (self.scalars[self.layout.slices[n]].unbind(0) for n in ("qkv", "out"))
+        attn, attn_gates = iter(self.attn_bank.unbind(0)), iter(self.attn_gate_bank.unbind(0))
+        ve_gates, mlp = iter(self.ve_gate_bank.unbind(0)), iter(self.mlp_bank.flatten(0, 1).unbind(0))
+        values = [F.embedding(tokens_BT, table) for table in (self.ve0, self.ve1, self.ve2)]
+        weights = []
+        for i, layer in enumerate(self.layers):
+            w = {"fc": next(mlp), "proj": next(mlp)}
+            if layer.attn:
+                matrices = next(attn)
+                # The scalar multiplies the weight: cheaper than the activation, and the same gradient.
+                w["qkv"] = qkv_mul[i] * matrices[:3].flatten(0, 1)
+                w["out"] = out_mul[i] * matrices[3]
+                w["attn_gate"] = next(attn_gates)
+            if layer.value_embed is not None:
+                w["ve"], w["ve_gate"] = values[layer.value_embed], next(ve_gates)
+            weights.append(w)
+        return weights
+
+    def stream(self, tokens_BT: Tensor, docs: tuple, knobs: Knobs) -> Tensor:
+        """Tokens to the normalised residual stream [N, D] that the head reads."""
+        scalar = {name: self.scalars[part] for name, part in self.layout.slices.items()}
+        resid, x0_mul = scalar["resid"].unbind(0), self.x0_lambdas.unbind(0)
+        smear, backout, skip = (scalar[name].squeeze(0) for name in ("smear", "backout", "skip"))
+        e = F.embedding(tokens_BT, self.embed)
+        gate = smear * torch.sigmoid(F.linear(e[:, 1:, :GATE_DIM], self.smear_gate))
+        e = torch.cat((e[:, :1], e[:, 1:] + gate * e[:, :-1]), dim=1)
+        x = x0 = norm(e)
+        kept = {}
+        for i, (layer, w) in enumerate(zip(self.layers, self.layer_weights(tokens_BT), strict=True)):
+            if layer.skip_from:
+                gate = 2 * torch.sigmoid(skip) * torch.sigmoid(F.linear(x0[..., :GATE_DIM], self.skip_gate))
+                x = x + gate * kept[layer.skip_from]
+            # At the first layer x is x0 itself, so one product does for both.
+            x = (resid[i] + x0_mul[i]) * x if i == 0 else resid[i] * x + x0_mul[i] * x0
+            if layer.attn:
+                x = x + self.attend(norm(x), layer, w, docs, knobs)
+            x = x + kernels.linear_relu2(norm(x).flatten(0, 1), w["fc"], w["proj"]).view_as(x)
+            if layer.save_as:
+                kept[layer.save_as] = x
+        return norm(x - backout * kept["backout"]).flatten(0, 1)
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor, max_seq_len: int, knobs: Knobs
+    ) -> Tensor:
+        """Sum of the token losses, float32: with multi-token targets in training, of the next token in evaluation."""
+        x_ND = self.stream(tokens_BT, (cu_seqlens, max_seq_len), knobs)
+        targets_N, slot_tokens = targets_BT.flatten(), tokens_BT.shape[1]
+        if self.training:
+            if self.cfg.fp8_head:
+                # Ranges that never overflow: |x| <= sqrt(768), |w| <= 1.6, and the gradient's e5m2 range.
+                scales = 100 / 448, 1.6 / 448, GRAD_SCALE * 0.75 / 448
+                logits_NV = kernels.fp8_linear_t(x_ND, self.lm_head, *scales)
+            else:
+                logits_NV = x_ND @ self.lm_head
+            return kernels.softcapped_cross_entropy(logits_NV, targets_N, knobs.mtp_K, slot_tokens).sum()
+        # A validation slot's logits would fill the memory: a piece at a time.
+        pieces = zip(x_ND.split(VAL_ROWS), targets_N.split(VAL_ROWS), strict=True)
+        return torch.stack([kernels.softcapped_nll(x @ self.lm_head, t).sum() for x, t in pieces]).sum()
+
+
+def flops_per_token(cfg: Config) -> float:
+    """Forward and backward products with matrices in use; attention's own products are left out (a few percent)."""
+    r = cfg.recipe
+    attn = sum(4 * r.model_dim**2 for layer in r.layers if layer.attn)
+    mlp = len(r.layers) * 2 * r.model_dim * r.hidden_dim
+    return 6.0 * (attn + mlp + r.model_dim * cfg.padded_vocab)
+
+
+# Dense bf16 matrix peaks by datasheet, FLOP/s, for the progress line's MFU; no entry, no MFU.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+# --------------------------------------------------------------------------------------------------------
+# 7. update rules: tensors in, tensors changed in place
+
+POLAR_COEFFICIENTS = (  # five steps, cushion 2, safety 2e-2; source: arXiv 2505.16932
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(u_MRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrix to each of M matrices, roughly: singular values go to about 1.
+
+    Error: singular values in [0.7, 1.2] where they were at least 1e-3 of the norm (test_optim.py).
+    Source: arXiv 2505.16932. Computed in `dtype`.
+    """
+    x = u_MRC.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).contiguous()
+    for a, b, c in POLAR_COEFFICIENTS:
+        gram = kernels.xxt(x)
+        x = torch.baddbmm(x, kernels.ba_plus_caa(gram, c, b), x, beta=a)
+    return x.mT if tall else x
+
+
+def join_float32(high: Tensor, low: Tensor) -> Tensor:
+    """float32 whose upper 16 bits are the bf16 tensor's and whose lower 16 are the int16 tensor's."""
+    bits = (high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)
+    return bits.view(torch.float32)
+
+
+def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of join_float32; the bf16 part is x truncated, not rounded."""
+    bits = x.view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.int16)
+
+
+def normuon_step(
+    p_MRC: Tensor,  # updated in place; bf16 with `low`, or float32
+    low_MRC: Tensor | None,  # int16: the bits of a float32 parameter that bf16 leaves out
+    grad_MRC: Tensor,
+    momentum_MRC: Tensor,  # float32 state
+    second_MR1: Tensor,  # float32 state: running mean square of each row (column, where columns are more)
+    lr_M11: Tensor,  # float32, spectral norm of the step of each matrix
+    decay: Tensor,  # 0-D: weight decay times the learning rate before matrix multipliers
+    mu: Tensor,  # 0-D CPU float32, so that a new value does not recompile
+    beta2: float,
+) -> None:
+    """One NorMuon update of M stacked matrices with Nesterov momentum and cautious decoupled decay.
+
+    Source: arXiv 2510.05491; polar step arXiv 2505.16932; cautious decay arXiv 2510.12402.
+    """
+    g = grad_MRC.float()
+    momentum_MRC.lerp_(g, 1 - mu)
+    o = polar_express(g.lerp(momentum_MRC, mu), p_MRC.dtype).float()
+    dim = -1 if o.shape[-2] >= o.shape[-1] else -2
+    # Each row is divided by its running RMS, then the matrix gets its Frobenius norm back.
+    square = o.square().mean(dim=dim, keepdim=True)
+    second_MR1.lerp_(square, 1 - beta2)
+    scale = second_MR1.clamp_min(1e-10).rsqrt()
+    norms = [
+        x.sum(dim=(-2, -1), keepdim=True).mul(o.shape[dim]).sqrt() for x in (square, square * scale.square())
+    ]
+    o = o * (scale * (norms[0] / norms[1].clamp_min(1e-10)))
+    p = p_MRC if low_MRC is None else join_float32(p_MRC, low_MRC)
+    p = p - lr_M11 * (decay * p * (o * p >= 0) + o)
+    if low_MRC is None:
+        p_MRC.copy_(p)
+    else:
+        high, low = split_float32(p)
+        p_MRC.copy_(high)
+        low_MRC.copy_(low)
+
+
+def adam_step(
+    p: Tensor,  # flat, updated in place
+    grad: Tensor,
+    m: Tensor,  # float32 state
+    v: Tensor,  # float32 state
+    step_size: Tensor,  # 0-D: learning rate times the bias correction
+    decay: Tensor,  # 0-D: weight decay times the squared learning rate
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One Adam update with cautious decoupled decay. Source: arXiv 1412.6980; decay arXiv 2510.12402."""
+    g, p32 = grad.float(), p.float()
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g.square(), 1 - beta2)
+    u = step_size * m / (v.sqrt() + eps)
+    p.copy_(p32 - (u + decay * p32 * (u * p32 > 0)))
+
+
+# --------------------------------------------------------------------------------------------------------
+# 8. optimizer: state, communication, order
+
+
+class Shard:
+    """This rank's rows of a parameter, and the moves of its gradient and of its new value."""
+
+    def __init__(self, full: Tensor, ranks: Ranks, is_sharded: bool) -> None:
+        self.full = full
+        self.world_size = ranks.world_size if is_sharded else 1
+        self.is_replicated = not is_sharded and ranks.world_size > 1
+        self.rows = -(-len(full) // self.world_size)
+        self.first = self.rows * ranks.rank if is_sharded else 0
+        self.is_padded = self.rows * self.world_size != len(full)
+
+    def own(self, full: Tensor) -> Tensor:
+        """This rank's rows of `full`: a view, or a zero-padded copy where the rows do not divide."""
+        rows = full[self.first : self.first + self.rows]
+        return (
+            torch.cat((rows, rows.new_zeros(self.rows - len(rows), *rows.shape[1:])))
+            if self.is_padded
+            else rows
+        )
+
+    def reduce(self, grad: Tensor) -> tuple[dist.Work | None, Tensor]:
+        """Start summing the gradient over ranks; (what to wait for, where this rank's rows will be)."""
+        grad = grad.view(self.full.shape)
+        if self.is_replicated:
+            return dist.all_reduce(grad, async_op=True), grad
+        if self.world_size == 1:
+            return None, grad
+        if self.is_padded:
+            padding = grad.new_zeros(self.rows * self.world_size - len(grad), *grad.shape[1:])
+            grad = torch.cat((grad, padding))
+        mine = grad.new_empty(self.rows, *grad.shape[1:])
+        return dist.reduce_scatter_tensor(mine, grad, async_op=True), mine
+
+    def gather(self, mine: Tensor, out: Tensor) -> Callable[[], None]:
+        """Start collecting all ranks' rows into `out`; call the result to finish."""
+        if self.world_size == 1:
+            return lambda: None
+        whole = out.new_empty(self.rows * self.world_size, *out.shape[1:]) if self.is_padded else out
+        work = dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            if self.is_padded:
+                out.copy_(whole[: len(out)])
+
+        return finish
+
+
+def check_params(names: Sequence[str]) -> None:
+    table = [row.name for row in PARAMS]
+    duplicate = sorted({n for n in table if table.count(n) > 1})
+    missing, extra = sorted(set(names) - set(table)), sorted(set(table) - set(names))
+    if duplicate or missing or extra:
+        raise ValueError(
+            f"PARAMS does not match the model: duplicate {duplicate}, missing {missing}, extra {extra}"
+        )
+
+
+class NorMuonAndAdam:
+    """Both optimizers, one object: it knows parameters only as rows of PARAMS.
+
+    Reductions start in table order; updates run in `work` order while later reductions are under way; the new
+    values are gathered behind them. No hooks.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, ranks: Ranks, compiler: Callable) -> None:
+        self.params, self.recipe = dict(model.named_parameters()), recipe
+        check_params(list(self.params))
+        self.is_tied = True
+        self.shards, self.state, self.updates = {}, {}, dict.fromkeys(self.params, 0)
+        for row in PARAMS:
+            p = self.params[row.name].detach()
+            full = p.flatten(0, 1) if row.optim == "normuon" else p
+            shard = self.shards[row.name] = Shard(full, ranks, row.comms == "sharded")
+            self.state[row.name] = self._new_state(row, shard)
+        self._normuon_step = compiler(normuon_step, dynamic=False)
+        # Elementwise on flat views: one graph with run-time sizes does for every Adam parameter of a dtype.
+        self._adam_step = compiler(adam_step, dynamic=True)
+
+    def _new_state(self, row: Param, shard: Shard) -> dict[str, Tensor]:
+        mine = shard.own(shard.full)
+        if row.optim == "adam":
+            return {name: torch.zeros_like(mine, dtype=torch.float32) for name in ("m", "v")}
+        rows, columns = mine.shape[1:]
+        second = (len(mine), rows, 1) if rows >= columns else (len(mine), 1, columns)
+        state = {
+            "momentum": torch.zeros_like(mine, dtype=torch.float32),
+            "second": torch.zeros(second, device=mine.device),
+        }
+        if mine.dtype == torch.bfloat16:
+            state["low"] = torch.zeros_like(mine, dtype=torch.int16)
+        return state
+
+    def _lr_mul(self, row: Param) -> Tensor:
+        """Float32 [M, 1, 1] multipliers of this rank's matrices."""
+        shard = self.shards[row.name]
+        indexes = torch.arange(shard.first, shard.first + shard.rows, device=shard.full.device)
+        return torch.tensor(row.lr_mul, device=shard.full.device)[indexes % len(row.lr_mul)].view(-1, 1, 1)
+
+    @functools.cached_property
+    def _lr_muls(self) -> dict[str, Tensor]:
+        return {row.name: self._lr_mul(row) for row in PARAMS if row.optim == "normuon"}
+
+    @torch.no_grad()
+    def step(self, sched: Sched) -> None:
+        """Reduce, update and share every parameter that is due; clear the gradients that were used."""
+        due = [row for row in PARAMS if row.optim == "normuon" or sched.is_adam_step]
+        due_names = {row.name for row in due}
+        reductions = {}
+        for row in due:
+            follower = self._follower(row)
+            if follower:
+                kernels.transpose_add(self.params[row.name].grad, self.params[follower].grad)
+            if not (row.tied_to and self.is_tied):
+                reductions[row.name] = self.shards[row.name].reduce(self.params[row.name].grad)
+        finishers = {}
+        for row in WORK_ORDER:
+            if row.name in reductions:
+                work, grad = reductions.pop(row.name)
+                if work:
+                    work.wait()
+                finishers[row.name] = self._update(row, grad, sched)
+        for row in sorted(due, key=lambda row: self._follower(row) is None):  # what a copy waits for, first
+            finishers.get(row.name, lambda: None)()
+            if follower := self._follower(row):
+                kernels.transpose_copy(self.params[follower], self.params[row.name])
+        if self.is_tied and sched.step >= self.recipe.split_step:
+            self._untie()
+        for name in due_names:
+            self.params[name].grad = None
+
+    def _follower(self, row: Param) -> str | None:
+        """The parameter that is a transposed copy of this one at present."""
+        return next((other.name for other in PARAMS if self.is_tied and other.tied_to == row.name), None)
+
+    def _update(self, row: Param, grad: Tensor, sched: Sched) -> Callable[[], None]:
+        """Move this rank's rows; start sharing them; the result finishes that."""
+        r, shard, state = self.recipe, self.shards[row.name], self.state[row.name]
+        mine = shard.own(shard.full)
+        self.updates[row.name] += 1
+        if row.optim == "normuon":
+            lr = r.muon_lr * sched.lr
+            tensors = (
+                mine,
+                state.get("low"),
+                grad,
+                state["momentum"],
+                state["second"],
+                self._lr_muls[row.name] * lr,
+            )
+            decay, mu = torch.tensor(r.muon_wd * row.wd_mul * lr), torch.tensor(sched.momentum)
+            self._normuon_step(*tensors, decay, mu, r.muon_beta2)
+        else:
+            beta1, beta2 = row.betas
+            lr, t = r.adam_lr * row.lr_mul[0] * sched.lr, self.updates[row.name]
+            step_size = torch.tensor(lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+            decay = torch.tensor(lr * lr * r.adam_wd * row.wd_mul)
+            flat = [x.view(-1) for x in (mine, grad, state["m"], state["v"])]
+            self._adam_step(*flat, step_size, decay, beta1, beta2, r.adam_eps)
+        return shard.gather(mine, shard.full)
+
+    def _untie(self) -> None:
+        """Give every tied parameter a state of its own: the transposed moments of its source."""
+        for row in PARAMS:
+            if row.tied_to:
+                source = self._full_state(row.tied_to)
+                self.state[row.name] = {
+                    k: self.shards[row.name].own(x.T).contiguous() for k, x in source.items()
+                }
+                self.updates[row.name] = self.updates[row.tied_to]
+        self.is_tied = False
+
+    def _full_state(self, name: str) -> dict[str, Tensor]:
+        shard, state = self.shards[name], self.state[name]
+        full = {
+            k: x.new_empty(len(shard.full), *x.shape[1:]) if shard.world_size > 1 else x
+            for k, x in state.items()
+        }
+        for key, x in state.items():
+            shard.gather(x, full[key])()
+        return full
+
+    def state_dict(self) -> dict:
+        """Whole tensors, whatever the world size. Every rank must call it."""
+        tensors = {name: {k: x.clone() for k, x in self._full_state(name).items()} for name in self.state}
+        return {"is_tied": self.is_tied, "updates": dict(self.updates), "tensors": tensors}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Back to a saved state, bitwise, in place."""
+        self.is_tied, self.updates = saved["is_tied"], dict(saved["updates"])
+        for name, state in self.state.items():
+            for key, x in state.items():
+                x.copy_(self.shards[name].own(saved["tensors"][name][key].to(x.device)))
+
+
+# --------------------------------------------------------------------------------------------------------
+# 9. run: build, warm up, validate, train
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """Everything a run needs, made by `build`."""
+
+    cfg: Config
+    ranks: Ranks
+    corpus: Corpus
+    log: Log
+    model: GPT
+    forward: Callable  # the model, compiled where that is possible
+    optimizer: NorMuonAndAdam
+    val: ValSet
+    max_docs: int
+    mtp_SK: Tensor  # float32 [steps, 3], on the device
+    clock: Clock
+    first_step: int = 0
+    checkpoint: Path | None = None
+    checkpoint_every: int = 0
+
+    def knobs(self, sched: Sched) -> Knobs:
+        """The run-time values of a step."""
+        scale = yarn(self.cfg.recipe, sched.stage)[1]
+        short, long = (torch.tensor(w) for w in sched.windows)
+        return Knobs(short, long, torch.tensor(scale, dtype=torch.float32), self.mtp_SK[sched.step].clone())
+
+
+def compiler_for(device: torch.device, log: Log) -> Callable:
+    """torch.compile, or no compilation where the machine lacks what it needs; says so."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        log.say("compile: no (torch.compile needs a C++ compiler, and none was found); running eagerly")
+        return lambda fn, **_: fn
+    torch._dynamo.config.recompile_limit = 64  # four shapes of the model and as many of each update are meant
+    return functools.partial(torch.compile, fullgraph=True)
+
+
+def forward_backward(job: Job, micro: Batch, knobs: Knobs) -> Tensor:
+    """Add one micro-batch's gradients; its summed token loss comes back, detached."""
+    loss = job.forward(*micro[:2], micro.cu_seqlens, job.cfg.recipe.max_seq_len, knobs)
+    (loss * GRAD_SCALE).backward()
+    return loss.detach()
+
+
+def warm_up(job: Job) -> None:
+    """Run every kind of step once on random tokens, which cannot teach, then put everything back bitwise."""
+    cfg, r, ranks = job.cfg, job.cfg.recipe, job.ranks
+    before = {k: v.detach().clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
+    gen = np.random.default_rng(0)
+    per_rank = cfg.slots // ranks.world_size
+    starts = np.cumsum([0] + [stage.steps for stage in r.stages])[:-1]
+    for first in starts:
+        for step in sorted({int(first) & ~1, int(first) | 1, r.split_step} if first else {0, 1}):
+            sched = at(r, step)
+            slot_tokens = r.stages[sched.stage].batch_tokens // cfg.slots
+            size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
+            noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
+            noise[:, :: min(256, r.max_seq_len)] = cfg.bos_id
+            slots = [(row, np.flatnonzero(row[:-1] == cfg.bos_id)[: job.max_docs]) for row in noise]
+            micro = make_batch(slots, size * job.max_docs, ranks.device)
+            forward_backward(job, micro, job.knobs(sched))
+            job.optimizer.step(sched)
+    validate(job, at(r, 0), limit=1)
+    job.model.load_state_dict(before[0])
+    job.optimizer.load_state_dict(before[1])
+    for p in job.model.parameters():
+        p.grad = None
+    job.clock.synchronize()
+
+
+@torch.no_grad()
+def validate(job: Job, sched: Sched, limit: int | None = None) -> tuple[float, float]:
+    """(mean nats per token, bits per byte) over the validation tokens of all ranks."""
+    val, knobs = job.val, job.knobs(sched)
+    total = torch.zeros((), dtype=torch.float64)
+    job.model.eval()
+    for i, slot in enumerate(val.slots[:limit]):
+        job.log.progress(f"validating: {i}/{len(val.slots)}")
+        batch = make_batch([slot], val.max_docs, job.ranks.device)
+        total += job.forward(*batch, val.max_seq_len, knobs).double().cpu()
+    job.model.train()
+    nats = float(job.ranks.sum(total.to(job.ranks.device)))
+    return nats / val.num_tokens, nats / math.log(2) / val.num_bytes
+
+
+class Tap:
+    """Losses and stop requests of every step, agreed on by all ranks, read `lag` steps later without a stall."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.lag, self.waiting = ranks, 2 if ranks.device.type == "cuda" else 0, deque()
+
+    def put(self, step: int, loss: Tensor, wants_stop: bool) -> None:
+        values = torch.stack((loss.float(), torch.full_like(loss, float(wants_stop), dtype=torch.float32)))
+        self.ranks.sum(values)
+        event = None
+        if self.ranks.device.type == "cuda":
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.waiting.append((step, values, event))
+
+    def get(self, everything: bool = False) -> Iterator[tuple[int, float, bool]]:
+        """(step, summed loss, whether some rank wants to stop) of the steps that are old enough."""
+        while len(self.waiting) > (0 if everything else self.lag):
+            step, values, event = self.waiting.popleft()
+            if event:
+                event.synchronize()
+            yield step, float(values[0]), bool(values[1])
+
+
+class Diverged(Exception):
+    """The loss is not a number any more."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
+
+class StopRequest:
+    """SIGINT and SIGTERM: the first asks the loop to end after its step, the second ends at once."""
+
+    def __init__(self) -> None:
+        self.is_set, self.is_deferred = False, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.is_set or not self.is_deferred:
+            raise Stopped(signal.Signals(number).name)
+        self.is_set = True
+
+
+def train(job: Job, stop: StopRequest) -> dict[str, object]:
+    """The timed loop; the result that goes into the JSON twin."""
+    r, clock, tap = job.cfg.recipe, job.clock, Tap(job.ranks)
+    progress = Progress(job)
+    stage = None
+    clock.start()
+    stream = batches(job.cfg, job.ranks, job.corpus, job.max_docs, job.first_step)
+    for step in range(job.first_step, r.total_steps + 1):
+        sched = at(r, step)
+        if sched.stage != stage:
+            stage = sched.stage
+            job.model.set_rotary(yarn(r, stage)[0])
+        if step == r.total_steps or step % r.val_every == 0:
+            with clock.paused():
+                drain(job, tap, progress, everything=True)
+                loss, bpb = validate(job, sched)
+                if not math.isfinite(loss):
+                    raise Diverged(f"step {step}: validation loss is {loss}")
+                ms = clock.ms()
+                job.log.say(
+                    f"step:{step}/{r.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms "
+                    f"step_avg:{ms / max(step, 1):.2f}ms val_bpb:{bpb:.4f}"
+                )
+        if step == r.total_steps:
+            break
+        if job.checkpoint_every and step > job.first_step and step % job.checkpoint_every == 0:
+            with clock.paused():
+                save_checkpoint(job, step)
+        knobs = job.knobs(sched)
+        losses = [forward_backward(job, micro, knobs) for micro in next(stream)]
+        job.optimizer.step(sched)
+        tap.put(step, torch.stack(losses).sum(), stop.is_set)
+        if drain(job, tap, progress):
+            with clock.paused():
+                if job.checkpoint_every:
+                    save_checkpoint(job, step + 1)
+            raise Stopped(f"step {step + 1}: asked to stop by a signal")
+    return {"val_loss": loss, "val_bpb": bpb, "train_time_ms": ms, "steps": r.total_steps, "target": r.target}
+
+
+def drain(job: Job, tap: Tap, progress: "Progress", everything: bool = False) -> bool:
+    """Log the steps whose losses have arrived; whether to stop. Raises Diverged."""
+    wants_stop = False
+    for step, loss, stop in tap.get(everything):
+        wants_stop |= stop
+        mean = loss / at_tokens(job.cfg.recipe, step)
+        if not math.isfinite(mean):
+            raise Diverged(f"step {step + 1}: training loss is {mean}")
+        progress.step_done(step, mean)
+    return wants_stop
+
+
+def at_tokens(recipe: Recipe, step: int) -> int:
+    return recipe.stages[stage_of(recipe, step)[0]].batch_tokens
+
+
+class Progress:
+    """One log line a step, and on a terminal one live line with what a person waits for."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.recent = job, deque(maxlen=20)
+        name = torch.cuda.get_device_name(job.ranks.device) if job.ranks.device.type == "cuda" else ""
+        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        self.peak = peak and peak * job.ranks.world_size / flops_per_token(job.cfg)
+
+    def step_done(self, step: int, loss: float) -> None:
+        job, r, done = self.job, self.job.cfg.recipe, step + 1
+        ms = job.clock.ms()
+        avg = ms / done
+        job.log.write(
+            f"step:{done}/{r.total_steps} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{avg:.2f}ms"
+        )
+        self.recent.append((ms, at_tokens(r, step)))
+        if len(self.recent) < 2:
+            return
+        span = self.recent[-1][0] - self.recent[0][0]
+        tokens_s = 1000 * sum(n for _, n in list(self.recent)[1:]) / max(span, 1e-3)
+        left = sum(at_tokens(r, s) for s in range(done, r.total_steps))
+        parts = [
+            f"step {done}/{r.total_steps}",
+            f"loss {loss:.4f}",
+            f"{span / (len(self.recent) - 1):.1f} ms/step",
+            f"{tokens_s:,.0f} tokens/s",
+            f"MFU {tokens_s / self.peak:.1%}" if self.peak else "MFU -",
+            f"ETA {left / tokens_s:.0f} s",
+            memory_line(job.ranks.device),
+        ]
+        job.log.progress(" | ".join(parts))
+
+
+def peak_memory(device: torch.device) -> tuple[int, int]:
+    """(allocated, reserved) MiB at their highest; on a CPU the process's resident set stands for both."""
+    if device.type == "cuda":
+        return tuple(
+            f(device) // 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        )
+    import resource  # not on Windows, where only this line would fail
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20,) * 2
+
+
+def memory_line(device: torch.device) -> str:
+    return f"{peak_memory(device)[0] / 1024:.1f} GiB"
+
+
+def save_checkpoint(job: Job, step: int) -> None:
+    """Everything that the rest of the run depends on. Every rank must call it; the master writes."""
+    saved = {
+        "step": step,
+        "train_ms": job.clock.ms(),
+        "recipe": job.cfg.recipe.name,
+        "data": job.corpus.sha256,
+        "model": job.model.state_dict(),
+        "optimizer": job.optimizer.state_dict(),
+    }
+    if job.ranks.is_master:
+        atomically(job.checkpoint, lambda p: torch.save(saved, p))
+        job.log.say(f"checkpoint: step {step} in {job.checkpoint}")
+
+
+def load_checkpoint(job: Job, path: Path) -> None:
+    """Continue where a checkpoint was written; only tensors and plain values are unpickled."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for key, mine in (("recipe", job.cfg.recipe.name), ("data", job.corpus.sha256)):
+            if saved[key] != mine:
+                raise InputError(
+                    f"checkpoint {path} is of {key} {saved[key]}, this run's is {mine}; resume it with that"
+                )
+        job.model.load_state_dict(saved["model"])
+        job.optimizer.load_state_dict(saved["optimizer"])
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise InputError(
+            f"checkpoint {path} cannot be used ({reason}); name a file that --checkpoint-every wrote"
+        ) from None
+    job.first_step = saved["step"]
+    job.clock.elapsed_ms = saved["train_ms"]
+
+
+def describe(
+    args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus
+) -> tuple[list[str], dict[str, str]]:
+    """(version lines, conditions) of the log's header."""
+    triton = importlib.util.find_spec("triton")
+    commit, dirty = git_state()
+    versions = [
+        f"Running Python {sys.version}".replace("\n", " "),
+        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+        f"Running Triton version {__import__('triton').__version__ if triton else None}",
+    ]
+    meta = {
+        "run_id": args.run_id,
+        "host": socket.gethostname(),
+        **dict(gpu_lines(ranks.device)),
+        "commit": commit,
+        "dirty": dirty,
+        "data": f"sha256={corpus.sha256}",
+        "recipe": cfg.recipe.name,
+        "seed": str(args.seed),
+        "world_size": str(ranks.world_size),
+        "slots": str(cfg.slots),
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "attention": cfg.attention,
+        "fp8_head": str(cfg.fp8_head).lower(),
+        "target": str(cfg.recipe.target),
+        "resumed": str(args.resume),
+        "command": " ".join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    return versions, meta
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The first usable backend, and one line that says why the ones before it are not."""
+    reasons = []
+    for name, usable, reason in kernels.attention_backends(device, dtype):
+        if usable:
+            return name, f"attention: {name}" + (f" ({'; '.join(reasons)})" if reasons else "")
+        reasons.append(f"no {name}: {reason}")
+    raise InputError(f"no attention backend works here: {'; '.join(reasons)}")
+
+
+def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[Config, list[str]]:
+    """The Config, and the lines that say what the machine decided."""
+    recipe = RECIPES[args.recipe]
+    if recipe.tokenizer and corpus.tokenizer != recipe.tokenizer:
+        raise InputError(
+            f"recipe {recipe.name} is defined for {recipe.tokenizer} tokens, {args.data} holds {corpus.tokenizer} tokens; "
+            f"prepare the text with data/prepare.py --tokenizer {recipe.tokenizer}"
+        )
+    slots = packing(recipe, ranks.world_size)
+    lines = []
+    if slots != recipe.slots:
+        lines.append(
+            f"packing: {slots} slots instead of {recipe.slots}, so documents are cut in other places"
+        )
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    backend, line = choose_attention(ranks.device, dtype)
+    has_fp8, reason = kernels.fp8_available(ranks.device)
+    if recipe.fp8_head and not has_fp8:
+        lines.append(f"head: {dtype} instead of FP8 ({reason})".replace("torch.", ""))
+    cfg = Config(
+        recipe=recipe,
+        vocab_size=corpus.vocab_size,
+        bos_id=corpus.bos_id,
+        slots=slots,
+        dtype=dtype,
+        attention=backend,
+        fp8_head=recipe.fp8_head and has_fp8,
+    )
+    return cfg, [line, *lines]
+
+
+def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus, log: Log) -> Job:
+    """Model, optimizer and data on this rank's device."""
+    per_slot = check_train_data(cfg.recipe, cfg.slots, corpus)
+    model = GPT(cfg, args.seed).to(ranks.device)
+    compiler = compiler_for(ranks.device, log)
+    job = Job(
+        cfg=cfg,
+        ranks=ranks,
+        corpus=corpus,
+        log=log,
+        model=model,
+        forward=compiler(model, dynamic=False),
+        optimizer=NorMuonAndAdam(model, cfg.recipe, ranks, compiler),
+        val=ValSet.read(cfg.recipe, corpus, ranks),
+        max_docs=round_up(per_slot, 64),
+        mtp_SK=torch.tensor([at(cfg.recipe, s).mtp for s in range(cfg.recipe.total_steps + 1)]).to(
+            ranks.device
+        ),
+        clock=Clock(ranks.device),
+        checkpoint=log.path.with_suffix(".ckpt"),
+        checkpoint_every=args.checkpoint_every,
+    )
+    if args.resume:
+        load_checkpoint(job, args.resume)
+    return job
+
+
+def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
+    """One run from arguments to closing line; the exit code."""
+    corpus = Corpus.open(args.data)
+    cfg, lines = configure(args, ranks, corpus)
+    log = Log(args.out, ranks.is_master)
+    result = {}
+    try:
+        log.header(
+            [Path(__file__).resolve(), Path(kernels.__file__).resolve()], *describe(args, cfg, ranks, corpus)
+        )
+        for line in lines:
+            log.say(line)
+        with ranks.process_group():
+            began = time.perf_counter()
+            job = build(args, cfg, ranks, corpus, log)
+            log.say("compiling and warming up (the first time takes longest; not timed)")
+            warm_up(job)
+            log.say(f"ready after {time.perf_counter() - began:.1f} s")
+            stop.is_deferred = True
+            result = train(job, stop)
+            allocated, reserved = peak_memory(ranks.device)
+            log.say(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+            log.close("done", {**result, "peak_memory_mib": allocated})
+            return 0
+    except Diverged as error:
+        log.close(f"diverged at {error}", result)
+        return 3
+    except (Stopped, KeyboardInterrupt) as error:
+        log.close(f"interrupted at {error}", result)
+        return 130
+    except InputError as error:
+        log.close(f"crashed at start: {error}", result)
+        raise
+    except BaseException as error:
+        log.close(f"crashed: {type(error).__name__}: {error}".split("\n")[0], result)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------
+# 10. main
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py",
+        description=__doc__.split("\n\n")[0],
+        epilog="Recipes (tables in section 1 of this file): "
+        + "; ".join(
+            f"{r.name}: {r.total_steps} steps, {r.train_tokens / 1e6:.1f} M tokens" for r in RECIPES.values()
+        )
+        + ". Exit codes: 0 done, 2 bad input, 3 diverged, 130 stopped by a signal.",
+    )
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument(
+        "--recipe", default="short" if has_gpu else "tiny", help="default: short with a GPU, else tiny"
+    )
+    parser.add_argument("--data", type=Path, help="folder with shards and manifest.json; default data/default for tiny, "
+                        "data/fineweb10B otherwise")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="log file to write; default logs/<recipe>/<run id>.txt")
+    parser.add_argument("--seed", type=int, default=1, help="of the initial parameters (default 1)")
+    parser.add_argument("--resume", type=Path, metavar="CKPT", help="continue from a checkpoint")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=0, metavar="N", help="steps; 0, the default: never"
+    )
+    args = parser.parse_args(argv)
+    if args.recipe not in RECIPES:
+        raise InputError(f"recipe {args.recipe!r} does not exist; choose one of {', '.join(RECIPES)}")
+    if args.checkpoint_every < 0:
+        raise InputError(f"--checkpoint-every {args.checkpoint_every} must be 0 (never) or a number of steps")
+    args.data = args.data or PROJECT / "data" / ("default" if args.recipe == "tiny" else "fineweb10B")
+    args.run_id = str(uuid.uuid4())
+    args.out = args.out or Path("logs") / args.recipe / f"{args.run_id}.txt"
+    return args
+
+
+def main() -> int:
+    try:
+        ranks = Ranks.from_torchrun()
+        return run(parse(), ranks, StopRequest())
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train_gpt.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
