@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Compare training runs from their logs: the community's table, the tests behind it, and what does not count.
 
-    python compare_runs.py logs/baseline logs/candidate         one arm per argument, the first is the baseline
-    python compare_runs.py 'logs/ab/base_*' 'logs/ab/new_*'     arms by glob: quote the '*'
-    python compare_runs.py logs/ab@1e951856 logs/ab@c09cf162    arms by source hash, where one folder holds both
-    python compare_runs.py logs/candidate                       one arm against the target alone
+    python compare_runs.py logs/baseline logs/candidate       one arm an argument, the first is the baseline
+    python compare_runs.py 'logs/ab/base_*' 'logs/ab/new_*'   arms by glob: quote the '*'
+    python compare_runs.py logs/ab@1e951856 logs/ab@c09cf162  arms by source hash, if one folder holds both
+    python compare_runs.py logs/candidate                     one arm against the target alone
     python compare_runs.py logs/a logs/b --json out.json --plot out.png
 
-Reads the logs of every era of the GPT speedrun, and ours. Needs scipy; matplotlib only for --plot; never torch.
+Reads the logs of every era of the GPT speedrun, and ours. Needs scipy; --plot needs matplotlib; never torch.
 Only complete runs are averaged. Every other run is named with the reason; a mixed arm is refused.
 Order of this file: statistics, log parsing, arms and their checks, report, plot, command line.
 """
@@ -24,6 +24,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 SCHEMA = "splits.compare_runs/1"
@@ -32,9 +33,9 @@ MIN_RUNS = 2  # a sample standard deviation needs two
 LOG_SUFFIXES = tuple(kind + packed for kind in (".txt", ".log") for packed in ("", ".gz", ".xz"))
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 TESTS = {
-    "time_p": "Welch t-test (unequal variances), one-sided 'less': mean time of the arm < mean time of the first row",
-    "time_p_two_sided": "Welch t-test (unequal variances), two-sided: mean times differ",
-    "loss_p": "one-sample t-test, one-sided 'less': mean loss of the arm < target",
+    "time_p": "Welch's t-test (unequal variances), one-sided 'less': mean time < that of the first row",
+    "time_p_two_sided": "Welch's t-test (unequal variances), two-sided: the mean times differ",
+    "loss_p": "one-sample t-test, one-sided 'less': mean loss < target",
 }
 
 
@@ -72,7 +73,7 @@ def one_sample_less(values: list[float], target: float) -> float:
 
 
 def welch(new: list[float], base: list[float]) -> tuple[float, float]:
-    """(t, degrees of freedom) of Welch's test of mean(new) - mean(base). ValueError if both variances are 0."""
+    """(t, degrees of freedom) of Welch's test of mean(new) - mean(base); ValueError at zero variance."""
     var_new, var_base = sample_sd(new) ** 2 / len(new), sample_sd(base) ** 2 / len(base)
     if var_new + var_base == 0:
         raise ValueError("zero variance")
@@ -116,7 +117,9 @@ HEAD_PATTERNS = {  # name: pattern at a line start of the header
     "device_name": rb"Running on device_name=(.*) with world_size=",
     "seed": rb"(?:Using seed=|seed:)(\d+)",
 }
+SETTINGS = ("dtype", "attention", "fp8_head", "slots")  # what a machine may decide differently for one source
 OUR_KEYS = ("run_id", "host", "driver", "commit", "dirty", "data", "recipe", "seed", "world_size", "started")
+OUR_KEYS += (*SETTINGS, "resumed")
 
 
 @dataclass(frozen=True)
@@ -175,9 +178,9 @@ class Run:
 
     @property
     def interval(self) -> str | None:
-        """Validation interval in words; the last gap is left out because the schedule's end need not divide."""
+        """Validation interval in words, without the last gap, which the end of the schedule may shorten."""
         steps = [p.step for p in self.val]
-        gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)][:-1]
+        gaps = [b - a for a, b in pairwise(steps)][:-1]
         kept = [gap for i, gap in enumerate(gaps) if i == 0 or gap != gaps[i - 1]]
         if not self.complete:
             return None
@@ -210,26 +213,31 @@ def parse_seconds(text: bytes | None) -> float | None:
     return number / 1000 if match[2] == b"ms" else number
 
 
-def find_source(lines: list[bytes]) -> tuple[str | None, dict[str, str], int]:
-    """(source hash, hash of each of our files, index of the first line after the embedded source)."""
-    sources, i = {}, 0
+def our_source(lines: list[bytes]) -> tuple[dict[str, str], int, str]:
+    """({file: hash}, index of the first line after our sources, a file that fails its hash)."""
+    sources, i, forged = {}, 0, ""
     while i < len(lines) and (match := OUR_SOURCE.fullmatch(lines[i])):
-        sources[match[1].decode("utf-8", "replace")] = match[2].decode()
-        i += 1 + int(match[3])
-    if sources:
-        joined = "".join(f"{name} {digest}\n" for name, digest in sorted(sources.items()))
-        return hashlib.sha256(joined.encode()).hexdigest(), sources, min(i, len(lines))
+        name, claimed, end = match[1].decode("utf-8", "replace"), match[2].decode(), i + 1 + int(match[3])
+        text = b"\n".join(lines[i + 1 : end])
+        whole = end < len(lines)
+        if whole and claimed not in (hashlib.sha256(text + tail).hexdigest() for tail in (b"\n", b"")):
+            forged = forged or name
+        sources[name], i = claimed, end
+    return sources, min(i, len(lines)), forged
+
+
+def their_source(lines: list[bytes]) -> tuple[str | None, int]:
+    """(source hash, index of the first line after the embedded source) of a community log."""
     rules = [i for i, line in enumerate(lines) if line == RULE]
     if not rules:
-        return None, {}, 0
+        return None, 0
     # Before 2025 a first rule opens the source; the rule that ends it stands above the version lines.
     end = next((i for i in rules if lines[i + 1 : i + 2] and lines[i + 1].startswith(b"Running ")), rules[0])
-    text = list(lines[:end])
-    omitted = OMITTED.fullmatch(text[0]) if text else None
-    text = b"\n".join(line for line in text[bool(omitted) :] if line != RULE)
+    omitted = OMITTED.fullmatch(lines[0])
+    text = b"\n".join(line for line in lines[bool(omitted) : end] if line != RULE)
     if omitted and not text.strip():
-        return omitted[1].decode(), {}, end
-    return hashlib.sha256(text).hexdigest(), {}, end
+        return omitted[1].decode(), end
+    return hashlib.sha256(text).hexdigest(), end
 
 
 def parse_head(lines: list[bytes], ours: bool) -> dict:
@@ -249,9 +257,13 @@ def parse_head(lines: list[bytes], ours: bool) -> dict:
         pairs = [line.decode("utf-8", "replace").partition(": ") for line in lines if b": " in line]
         fields = {key: value.strip() for key, _, value in pairs}
         head.update({key: fields[key] for key in OUR_KEYS if fields.get(key)})
-        devices = [v.rpartition(" ") for k, v in fields.items() if re.fullmatch(r"gpu \d+", k)]
+        devices = [v for k, v in fields.items() if re.fullmatch(r"gpu \d+", k)]
         if devices:
-            head["gpus"], head["uuids"] = [d[0] for d in devices], sorted(d[2] for d in devices)
+            head["gpus"] = [re.sub(r" (GPU|MIG)-\S+$", "", device) for device in devices]
+            if uuids := re.findall(r" ((?:GPU|MIG)-\S+)$", "\n".join(devices), re.M):
+                head["uuids"] = ", ".join(sorted(uuids))
+        elif "cpu" in fields:
+            head["device_name"] = f"CPU {fields['cpu']}"
         target = parse_number(fields.get("target", "").encode())
         if target is not None and math.isfinite(target):
             head["target"] = target
@@ -262,7 +274,7 @@ def parse_head(lines: list[bytes], ours: bool) -> dict:
 
 
 def ends_whole(line: bytes, earlier: list[bytes]) -> bool:
-    """True if an unterminated last line ends as an earlier validation line does, unit and decimals included."""
+    """True if an unterminated last line ends like an earlier validation line, unit and decimals included."""
 
     def shape(text: bytes) -> bytes:
         return re.sub(rb"\d", b"0", re.sub(rb":\d+", b":", text.split()[-1]))
@@ -300,7 +312,7 @@ def add_closing(trial: Trial, line: bytes) -> None:
     """Add a closing line (peak memory, status, early end, contest result) if it is one."""
     if line.startswith(b"status: "):
         if match := STATUS.fullmatch(line.rstrip()):
-            rest = (match[3] or b"").decode("utf-8", "replace")
+            rest = (match[3] or b"").decode("utf-8", "replace").removeprefix(": ")
             trial.closing.append(((match[1] or match[2]).decode(), rest))
     elif line.startswith(b"stopping_early"):
         trial.stopped_early = True
@@ -346,7 +358,7 @@ def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
 
 
 def judge(trial: Trial, ours: bool, contest: bool, cut: bool) -> tuple[str, str]:
-    """(status, reason) of one run. Complete means: its last planned validation is there, and nothing disagrees."""
+    """(status, reason) of one run. Complete: the last planned validation is there, nothing disagrees."""
     total = max(trial.totals, default=None)
     done = trial.val[-1].step if trial.val else None
     bad = [p.step for p in trial.val + trial.train if not math.isfinite(p.loss)]
@@ -391,7 +403,12 @@ def parse_log(data: bytes, name: str, path: str) -> list[Run]:
     if last.startswith(b"step:") and b"val_loss" in last:
         cut = not ends_whole(last, [x for x in lines[:-1] if x.startswith(b"step:") and b" val_loss:" in x])
         lines = lines[:-1] if cut else lines
-    source, sources, start = find_source(lines)
+    sources, start, forged = our_source(lines)
+    if sources:
+        joined = "".join(f"{file} {claimed}\n" for file, claimed in sorted(sources.items()))
+        source = hashlib.sha256(joined.encode()).hexdigest()
+    else:
+        source, start = their_source(lines)
     trials, first = parse_trials(lines, start)
     head = parse_head(lines[start:first], bool(sources))
     timeless = any(t.val and not t.totals for t in trials)
@@ -402,10 +419,12 @@ def parse_log(data: bytes, name: str, path: str) -> list[Run]:
         status, reason = judge(trial, bool(sources), contest, cut and number == len(trials))
         if sources and len(trials) > 1:
             status, reason = "contradictory", "its steps go back: one log holds one run"
+        if forged:
+            status, reason = "contradictory", f"the source of {forged} in it does not have the hash it claims"
+        if status == "complete" and head.get("resumed", "None") != "None":
+            status, reason = "incomplete", "was resumed, so this log does not hold the whole run"
         if trial.last_step < 0 and source is None:
-            status, reason = (
-                ("not a log", "no step line and no header") if data.strip() else (status, "is empty")
-            )
+            status, reason = ("not a log", "no step line") if data.strip() else (status, "is empty")
         label = f"{name}#{number}" if len(trials) > 1 else name
         run = Run(label, path, kind, status, reason, head, source, sources, digest, trial.val, trial.train)
         run.steps_done = trial.last_step if trial.last_step >= 0 else None
@@ -425,7 +444,7 @@ def parse_log(data: bytes, name: str, path: str) -> list[Run]:
 
 @dataclass
 class Arm:
-    """The runs that one argument names. `seen` holds every log in view, so that none is left out in silence."""
+    """The runs that one argument names. `seen`: every log in view, so that none is dropped in silence."""
 
     arg: str
     name: str
@@ -507,6 +526,8 @@ def read_log(path: str) -> bytes:
     import lzma
     import zlib
 
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{printable(path)}: not a regular file; leave it out by glob")
     try:
         if path.lower().endswith(".gz"):
             import gzip
@@ -529,7 +550,7 @@ def read_log(path: str) -> bytes:
 
 
 def load_arm(arg: str) -> Arm:
-    """Find, read and parse the logs of one argument: a file, a folder, a glob, or one of these with @<hash>."""
+    """Find, read and parse the logs of one argument: a file, folder or glob, perhaps with @<hash>."""
     place, pick = arg, ""
     if not os.path.lexists(arg) and (match := re.fullmatch(r"(.+)@([0-9a-f]{6,64})", arg)):
         place, pick = match[1], match[2]
@@ -556,23 +577,25 @@ def load_arm(arg: str) -> Arm:
 
 
 def name_arms(arms: list[Arm]) -> None:
-    """Name each arm after its folder, file or pattern; equal names take more of the path until they differ."""
+    """Name each arm after its folder or file; equal names take more of the path until they differ."""
 
     def label(arm: Arm, depth: int) -> str:
-        parts = Path(os.path.abspath(arm.arg)).parts
-        if depth == 0 and not os.path.isdir(arm.arg):
+        parts = Path(os.path.abspath(arm.arg)).parts[1:]
+        if depth == 0 and not os.path.isdir(arm.arg) and parts:
             inner = glob.has_magic(parts[-1]) and len(parts) > 1
             return printable(parts[-2] if inner else re.sub(r"\.(txt|log)(\.gz|\.xz)?$", "", parts[-1]))
-        return printable("/".join(parts[-1 - depth :]))
+        return printable("/".join(parts[-1 - depth :])) or "/"
 
-    depths = [0] * len(arms)
-    for _ in range(8):
-        names = [label(arm, depth) for arm, depth in zip(arms, depths, strict=True)]
-        if len(set(names)) == len(names):
-            break
-        depths = [d + (names.count(n) > 1) for d, n in zip(depths, names, strict=True)]
+    for arm in arms:
+        rivals = {os.path.abspath(other.arg): other for other in arms if label(other, 0) == label(arm, 0)}
+        depths = range(len(Path(os.path.abspath(arm.arg)).parts))
+        named = [[label(other, depth) for other in rivals.values()] for depth in depths]
+        depth = next((d for d, names in enumerate(named) if len(set(names)) == len(names)), depths[-1])
+        arm.name = label(arm, depth)
+    names = [arm.name for arm in arms]
     for i, arm in enumerate(arms):
-        arm.name = names[i] if names.count(names[i]) == 1 else f"{names[i]} ({i + 1})"
+        if names.count(arm.name) > 1:
+            arm.name = f"{names[i]} ({names[: i + 1].count(names[i])})"
 
 
 def traits(run: Run) -> dict[str, str | None]:
@@ -585,7 +608,8 @@ def traits(run: Run) -> dict[str, str | None]:
         "validation interval": f"validated {run.interval}" if run.interval else None,
         "hardware": run.hardware,
         "recipe": f"recipe {run.head['recipe']}" if "recipe" in run.head else None,
-        "data": f"data {run.head['data']}" if "data" in run.head else None,
+        "settings": ", ".join(f"{key} {run.head[key]}" for key in SETTINGS if key in run.head) or None,
+        "data": f"data {run.head['data'][:19]}" if "data" in run.head else None,
         "target": f"target {target:g}" if target is not None else None,
         "clock": ("timed" if run.seconds is not None else "without times") if run.complete else None,
     }
@@ -605,10 +629,11 @@ def remedy(arm: Arm, group: list[Run], by_source: bool) -> str:
     """An argument that selects exactly one group of a mixed arm, if a simple one exists."""
     place = arm.arg.rpartition("@")[0] or arm.arg
     if os.path.isdir(place):
-        names = [run.path for run in group]
-        prefix = os.path.commonprefix(names)
+        names = sorted(run.path for run in group)
+        pairs = zip(names[0], names[-1], strict=False)
+        prefix = names[0][: next((i for i, (a, b) in enumerate(pairs) if a != b), len(names[0]))]
         pattern = glob.escape(prefix) + "*"
-        if prefix != os.path.join(place, "") and sorted(filter(is_log, glob.glob(pattern))) == sorted(names):
+        if prefix != os.path.join(place, "") and sorted(filter(is_log, glob.glob(pattern))) == names:
             return f"'{pattern}'"
     if by_source and group[0].source:
         return f"'{place}@{group[0].source[:8]}'"
@@ -681,7 +706,7 @@ def check_counts(arm: Arm) -> None:
         )
     if sample_sd([run.loss for run in done]) == 0:
         raise Refusal(
-            f"{arm.name}: all {len(done)} losses are {done[0].loss}: no variance, no t-test; vary the seed, add runs",
+            f"{arm.name}: all {len(done)} losses are {done[0].loss}: no variance, no t-test; add runs",
             listing,
         )
 
@@ -751,7 +776,7 @@ def find_warnings(arms: list[Arm]) -> list[str]:
             )
     if len(arms) > 1 and all("started" in run.head for _, run in runs):
         order = [arm.name for arm, run in sorted(runs, key=lambda pair: pair[1].head["started"])]
-        if sum(a != b for a, b in zip(order, order[1:], strict=False)) == len(arms) - 1:
+        if sum(a != b for a, b in pairwise(order)) == len(arms) - 1:
             found.append(
                 "the arms ran one after the other, not interleaved: drift looks like a gain or a loss"
             )
@@ -768,7 +793,7 @@ def find_warnings(arms: list[Arm]) -> list[str]:
 
 @dataclass
 class Row:
-    """One row of the table, at full precision; None where the logs have no clock or the test does not apply."""
+    """One row of the table at full precision; None where there is no clock or a test does not apply."""
 
     runs: int
     time_mean: float | None
@@ -851,6 +876,8 @@ def run_line(run: Run) -> str:
     """One run in one line: when, how it ended, what it measured, its file."""
     seconds = f"{run.seconds:.3f} s" if run.seconds is not None else "no time"
     loss = f"loss {run.loss:.4f}" if run.loss is not None else "no loss"
+    if run.val and not run.complete:
+        seconds += f" at step {run.val[-1].step}"
     bpb = f" bpb {run.bpb:.4f}" if run.bpb is not None else ""
     steps = f"step {run.steps_done}/{run.steps_planned}" if run.steps_done is not None else "no steps"
     why = f" ({run.reason})" if run.reason else ""
@@ -894,10 +921,7 @@ def explain(arms: list[Arm], rows: list[Row], target: float | None, origin: str)
         lines += [f"  {a.name}: p = {r.loss_p:.4g}" for a, r in zip(arms, rows, strict=True)]
     lines.append(f"Target: {f'{target:g}, ' if target is not None else ''}{origin}.")
     labels = sorted({run.loss_from for arm in arms for run in arm.counted})
-    lines.append(
-        f"Losses: {', '.join(labels)} of each run. +/- is against the first row. One machine, one node?"
-    )
-    lines[-1] = lines[-1].removesuffix(" One machine, one node?")
+    lines.append(f"Losses: {', '.join(labels)} of each run. +/- is against the first row.")
     return "\n".join(lines)
 
 
@@ -906,7 +930,8 @@ def report(arms: list[Arm], rows: list[Row], target: float | None, origin: str, 
     parts = [table([arm.name for arm in arms], rows), *map(lists, arms), explain(arms, rows, target, origin)]
     for arm in arms:
         parts.append("\n".join([arm_line(arm), *("  " + run_line(run) for run in arm.runs)]))
-    left = [f"  {arm.name}: {run_line(run)}" for arm in arms for run in arm.runs if not run.complete]
+    failed = [(arm, run) for arm in arms for run in arm.runs if not run.complete]
+    left = [f"  {arm.name}: {run.name} {run.status}: {printable(run.reason)}" for arm, run in failed]
     if left:
         parts.append("\n".join(["Not counted:", *left]))
     if warnings:
@@ -971,14 +996,15 @@ def mean_curve(runs: list[Run], use_time: bool) -> tuple[list[float], list[float
     by_step = defaultdict(list)
     for run in runs:
         for point in run.val:
-            by_step[point.step].append(point)
+            if point.seconds is not None or not use_time:
+                by_step[point.step].append(point)
     shared = [(step, found) for step, found in sorted(by_step.items()) if len(found) == len(runs)]
     xs = [mean([p.seconds for p in found]) if use_time else step for step, found in shared]
     return xs, [mean([p.loss for p in found]) for _, found in shared]
 
 
 def draw_panel(axes, arms: list[Arm], target: float | None, use_time: bool) -> None:
-    """One panel: every run thin (dashed if it does not count), the mean of each arm thick, the target dotted."""
+    """One panel: runs thin (dotted if not counted), the mean of each arm thick, the target dashed."""
     floor, ceiling, right = math.inf, 0.0, 0.0
     for i, arm in enumerate(arms):
         colour = f"C{i}"
@@ -1005,6 +1031,21 @@ def draw_panel(axes, arms: list[Arm], target: float | None, use_time: bool) -> N
     axes.grid(alpha=0.3)
 
 
+def draw_ends(axes, arms: list[Arm], target: float | None) -> None:
+    """An inset with the last validation of every counted run, which the curves are too coarse to show."""
+    inset = axes.inset_axes((0.47, 0.47, 0.5, 0.46))
+    for i, arm in enumerate(arms):
+        if times := values(arm, "seconds"):
+            inset.plot(times, values(arm, "loss"), "o", color=f"C{i}", ms=4, alpha=0.7, mew=0)
+    if target is not None:
+        inset.axhline(target, color="black", lw=1, ls="--")
+    inset.margins(0.1)
+    inset.set_title("last validation of each run", fontsize=8)
+    inset.tick_params(labelsize=7)
+    inset.ticklabel_format(useOffset=False)
+    inset.grid(alpha=0.3)
+
+
 def save_plot(arms: list[Arm], target: float | None, path: str) -> None:
     """Validation loss against time and against steps. The figure is drawn without a display."""
     from matplotlib.figure import Figure
@@ -1012,10 +1053,12 @@ def save_plot(arms: list[Arm], target: float | None, path: str) -> None:
     timed = [arm for arm in arms if values(arm, "seconds")]
     figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    draw_panel(panels[0], timed, target, use_time=True)
+    draw_panel(panels[0], arms, target, use_time=True)
+    if timed:
+        draw_ends(panels[0], arms, target)
     draw_panel(panels[1], arms, target, use_time=False)
     if len(timed) < len(arms):
-        panels[0].set_title("arms without times are left out", fontsize=9)
+        panels[0].set_title("an arm without times is only on the right", fontsize=9)
     panels[0].set_ylabel("validation loss")
     panels[1].legend(fontsize=8)
     replace_file(path, lambda temporary: figure.savefig(temporary))
@@ -1073,10 +1116,10 @@ class Parser(argparse.ArgumentParser):
 
 HELP = """columns:
   Runs             complete runs of the arm; only these are averaged
-  Time \u03bc, Time \u03c3   mean and sample standard deviation (n - 1) of train_time at the last validation, seconds
+  Time \u03bc, Time \u03c3   mean and sample sd (n - 1) of train_time at the last validation, in seconds
   Time +/-         mean time minus that of the first row
   Time p           Welch's t-test, one-sided: small if the arm is faster than the first row
-  Loss \u03bc, Loss \u03c3   mean and sample standard deviation of the last validation loss
+  Loss \u03bc, Loss \u03c3   mean and sample sd of the last validation loss
   Loss +/-         mean loss minus that of the first row
   p                one-sample t-test, one-sided: small if the mean loss is below the target
   bpb ...          the same for bits per byte, where every run of an arm has it
