@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 SCHEMA = "splits.compare_runs/1"
 DEFAULT_TARGET = 3.28
@@ -98,6 +99,7 @@ RULE = b"=" * 100
 OMITTED = re.compile(rb"# source omitted here, sha256 ([0-9a-f]{64})")
 OUR_SOURCE = re.compile(rb"#### source (.+) sha256=([0-9a-f]{64}) lines=(\d{1,7})")
 STEP = re.compile(rb"step:(\d{1,9})/(\d{1,9}) ")
+TRAIN = re.compile(rb"step:\d+/\d+ train_loss:(\S+)(?: train_time:([\d.]+|nan)(ms|s)\b)?")
 LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):(\S+)")
 KEY_VALUE = re.compile(rb"(\w+):(\S+)")
 DURATION = re.compile(rb"([\d.]+|nan)(ms|s)")
@@ -122,8 +124,7 @@ OUR_KEYS = ("run_id", "host", "driver", "commit", "dirty", "data", "recipe", "se
 OUR_KEYS += (*SETTINGS, "resumed")
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One measured line: seconds is None where the format has no clock."""
 
     step: int
@@ -282,29 +283,32 @@ def ends_whole(line: bytes, earlier: list[bytes]) -> bool:
     return any(shape(line) == shape(other) for other in earlier)
 
 
-def add_step(trial: Trial, line: bytes, step: int, total: int) -> None:
-    """Add one `step:` line to a trial; a line that cannot be true beside the others becomes its conflict."""
+def add_train(trial: Trial, line: bytes, step: int) -> None:
+    """Add the training loss of one `step:` line, if it has one. Most lines of a log pass through here."""
+    if match := TRAIN.match(line):
+        loss, clock = parse_number(match[1]), parse_number(match[2] or b"")
+        seconds = clock / 1000 if clock is not None and match[3] == b"ms" else clock
+        if loss is not None:
+            trial.train.append(Point(step, loss, seconds))
+
+
+def add_val(trial: Trial, line: bytes, step: int) -> None:
+    """Add one validation line; one that cannot be true beside the others becomes the trial's conflict."""
     fields = dict(KEY_VALUE.findall(line))
-    is_val = b"val_loss" in fields
-    trial.last_step = max(trial.last_step, step)
-    trial.totals.add(total)
-    if not is_val and b"train_loss" not in fields:
-        return
-    loss = parse_number(fields[b"val_loss" if is_val else b"train_loss"])
-    seconds = parse_seconds(fields.get(b"train_time"))
+    loss, seconds = parse_number(fields.get(b"val_loss", b"")), parse_seconds(fields.get(b"train_time"))
     if loss is None:
-        trial.conflict = trial.conflict or f"garbled loss in the line of step {step}"
+        trial.conflict = trial.conflict or f"garbled loss in the validation line of step {step}"
         return
-    point, points = Point(step, loss, seconds), trial.val if is_val else trial.train
-    if points and points[-1].step == step:
-        if is_val and points[-1] != point and not (math.isnan(loss) and math.isnan(points[-1].loss)):
+    point, last = Point(step, loss, seconds), trial.val[-1] if trial.val else None
+    if last and last.step == step:
+        if last != point and not (math.isnan(loss) and math.isnan(last.loss)):
             trial.conflict = trial.conflict or f"two different validation lines at step {step}"
         return
-    if is_val and points and seconds is not None and seconds < (points[-1].seconds or 0):
+    if last and seconds is not None and seconds < (last.seconds or 0):
         trial.conflict = trial.conflict or f"train_time goes back at step {step}"
-    points.append(point)
+    trial.val.append(point)
     bpb = parse_number(fields.get(b"val_bpb", b""))
-    if is_val and bpb is not None:
+    if bpb is not None:
         trial.bpb.append(bpb)
 
 
@@ -349,10 +353,14 @@ def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
             trials.append(Trial())
         trial = trials[-1]
         trial.lines_after_close |= bool(trial.closing)
+        trial.last_step = max(trial.last_step, step)
         if total:
-            add_step(trial, line, step, total)
+            trial.totals.add(total)
+            if b" val_loss:" in line:
+                add_val(trial, line, step)
+            else:
+                add_train(trial, line, step)
         elif (loss := parse_number(match[3])) is not None:
-            trial.last_step = max(trial.last_step, step)
             (trial.val if match[2] == b"tel" else trial.train).append(Point(step, loss, None))
     return trials, first
 
