@@ -339,29 +339,27 @@ def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
         if line.startswith(b"step:"):
             if not (match := STEP.match(line)):
                 continue
-            step, total = int(match[1]), int(match[2])
+            step, total, is_val = int(match[1]), int(match[2]), b" val_loss:" in line
         elif line.startswith(b"s:"):
             if not (match := LLMC.match(line)):
                 continue
-            step, total = int(match[1]), 0
+            step, total, is_val = int(match[1]), 0, match[2] == b"tel"
         else:
             if line.startswith((b"status: ", b"stopping_early", b"final_", b"peak ")):
                 add_closing(trials[-1], line)
             continue
         first = min(first, i)
-        if step < trials[-1].last_step and trials[-1].val:
+        # Training losses may be logged late, so only a validation that goes back starts the next trial.
+        if is_val and trials[-1].val and step < trials[-1].val[-1].step:
             trials.append(Trial())
         trial = trials[-1]
-        trial.lines_after_close |= bool(trial.closing)
         trial.last_step = max(trial.last_step, step)
+        trial.lines_after_close |= bool(trial.closing)
         if total:
             trial.totals.add(total)
-            if b" val_loss:" in line:
-                add_val(trial, line, step)
-            else:
-                add_train(trial, line, step)
+            (add_val if is_val else add_train)(trial, line, step)
         elif (loss := parse_number(match[3])) is not None:
-            (trial.val if match[2] == b"tel" else trial.train).append(Point(step, loss, None))
+            (trial.val if is_val else trial.train).append(Point(step, loss, None))
     return trials, first
 
 

@@ -348,6 +348,15 @@ def test_several_trials_in_one_file():
     assert [run.status for run in runs] == ["complete", "incomplete", "complete"]
 
 
+def test_late_training_lines_are_not_another_trial():
+    """A training loss that arrives after the next validation belongs to the same run."""
+    lines = our_log().split("\n")
+    late = next(i for i, line in enumerate(lines) if line.startswith("step:10/30 train_loss"))
+    lines[late], lines[late + 1] = lines[late + 1], lines[late]
+    lines.insert(late + 3, lines.pop(late - 1))
+    assert parse_one("\n".join(lines)).complete
+
+
 def test_llmc_lines():
     """No total and no clock: complete if a validation is the last thing logged."""
     rows = ["s:0 tel:11.0", "s:0 trl:11.0 lr:0.1", "s:1 trl:10.0 lr:0.1", "s:2 tel:9.5"]
