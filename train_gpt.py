@@ -19,11 +19,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
@@ -109,6 +111,7 @@ class Recipe:
     val_every: int  # steps
     target: float  # validation loss the track asks for
     fp8_head: bool
+    cpu_compile: bool = True  # whether torch.compile pays where there is no GPU
     tokenizer: str | None = None  # the recipe's target means something only for this tokenizer
     cooldown: float = 0.5  # fraction of the scheduled steps over which the learning rate falls
     lr_floor: float = 0.1
@@ -198,7 +201,7 @@ TINY = Recipe(
     momentum=((0, 0.85), (25, 0.95), (130, 0.95), (140, 0.85)),
     slots=12, micro_tokens=9216, max_seq_len=768,
     val_tokens=65536, val_slot=2048, val_windows=(128, 384), val_every=20,
-    target=4.0, fp8_head=False,
+    target=4.0, fp8_head=False, cpu_compile=False,
 )
 RECIPES = {recipe.name: recipe for recipe in (TINY, SPRINT, SHORT)}
 # fmt: on
@@ -266,26 +269,24 @@ def packing(recipe: Recipe, world_size: int) -> int:
     The recipe's own number where the world size divides it, so that training is the same up to rounding; a
     common multiple otherwise, where documents are cut in other places.
     """
+    sizes = sorted({stage.batch_tokens for stage in recipe.stages})
 
     def fits(world: int) -> bool:
-        slots = math.lcm(recipe.slots, world)
-        return all(s.batch_tokens % slots == 0 and s.batch_tokens // slots % 16 == 0 for s in recipe.stages)
+        return all(size % (16 * math.lcm(recipe.slots, world)) == 0 for size in sizes)
 
     if not fits(world_size):
-        smallest = min(s.batch_tokens for s in recipe.stages)
-        good = ", ".join(str(w) for w in range(1, 129) if w <= smallest // 16 and fits(w))
+        good = [world for world in range(1, 129) if fits(world)]
         raise InputError(
-            f"world size {world_size} does not divide the batches of recipe {recipe.name} "
-            f"({', '.join(str(s.batch_tokens) for s in recipe.stages)} tokens); use one of {good}"
+            f"world size {world_size} does not divide the batches of recipe {recipe.name} ({sizes} tokens, "
+            f"in slots of a multiple of 16); use one of {good}"
         )
     return math.lcm(recipe.slots, world_size)
 
 
 def slots_per_pass(slots: int, slot_tokens: int, micro_tokens: int) -> int:
     """The largest divisor of `slots` whose tokens fit in one forward pass; at least 1."""
-    return max(
-        b for b in range(1, slots + 1) if slots % b == 0 and (b == 1 or b * slot_tokens <= micro_tokens)
-    )
+    divisors = (b for b in range(1, slots + 1) if slots % b == 0)
+    return max(b for b in divisors if b == 1 or b * slot_tokens <= micro_tokens)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -304,24 +305,19 @@ class Ranks:
     @classmethod
     def from_torchrun(cls) -> "Ranks":
         """Read torchrun's environment; a single process where there is none. Starts no process group."""
-        rank, local, world = (
-            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        )
+        names = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)
+        rank, local, world = (int(os.environ.get(name, default)) for name, default in names)
         if not torch.cuda.is_available():
             return cls(rank, local, world, torch.device("cpu"))
-        if local >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if local >= count:
             raise InputError(
-                f"local rank {local} has no GPU: this host shows {torch.cuda.device_count()}; "
-                f"start torchrun with --nproc_per_node={torch.cuda.device_count()} or fewer"
+                f"local rank {local} has no GPU, this host has {count}: --nproc_per_node={count}"
             )
         return cls(rank, local, world, torch.device("cuda", local))
 
-    @property
-    def is_master(self) -> bool:
-        return self.rank == 0
-
     def sum(self, values: Tensor) -> Tensor:
-        """All-reduce in place (float64 on the CPU side is kept); the same tensor is returned."""
+        """All-reduce in place; the same tensor comes back."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -341,37 +337,24 @@ class Ranks:
                 dist.destroy_process_group()
 
 
-def gpu_lines(device: torch.device) -> list[tuple[str, str]]:
-    """`gpu i: name uuid` for every GPU of this host and its driver version, from nvidia-smi."""
-    if device.type != "cuda":
-        return [("cpu", f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")]
-    query = ["nvidia-smi", "--query-gpu=name,uuid,driver_version", "--format=csv,noheader"]
+def output_of(*command: str) -> str | None:
+    """What a program prints, or None where it does not exist or fails."""
     try:
-        rows = (
-            subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
-            .stdout.strip()
-            .split("\n")
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return [("gpu 0", torch.cuda.get_device_name(device)), ("driver", f"unknown ({error})")]
-    fields = [[f.strip() for f in row.split(",")] for row in rows]
-    return [(f"gpu {i}", f"{name} {uid}") for i, (name, uid, _) in enumerate(fields)] + [
-        ("driver", fields[0][2])
-    ]
-
-
-def git_state() -> tuple[str, str]:
-    """(commit, "true" | "false" for uncommitted changes), or ("unknown", "unknown") outside a repository."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", PROJECT, *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), str(bool(git("status", "--porcelain"))).lower()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown", "unknown"
+        return None
+
+
+def machine_lines(device: torch.device) -> dict[str, str]:
+    """Every GPU of this host with its UUID, and the driver; or the CPU."""
+    if device.type != "cuda":
+        return {"cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+    rows = output_of("nvidia-smi", "--query-gpu=name,uuid,driver_version", "--format=csv,noheader")
+    if rows is None:
+        return {"gpu 0": f"{torch.cuda.get_device_name(device)} unknown", "driver": "unknown"}
+    fields = [row.split(", ") for row in rows.split("\n")]
+    gpus = {f"gpu {i}": f"{name} {uid}" for i, (name, uid, _) in enumerate(fields)}
+    return {**gpus, "driver": fields[0][2]}
 
 
 class Log:
@@ -387,14 +370,8 @@ class Log:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = path.open("x", encoding="utf-8")
-            except FileExistsError:
-                raise InputError(
-                    f"log {path} exists and is never overwritten; name another with --out"
-                ) from None
-            except OSError as error:
-                raise InputError(
-                    f"log {path} cannot be written ({error.strerror}); name another with --out"
-                ) from None
+            except OSError as error:  # FileExistsError too: a log is never overwritten
+                raise InputError(f"log {path}: {error.strerror}; name another with --out") from None
 
     def write(self, text: str) -> None:
         if self.file:
@@ -414,16 +391,27 @@ class Log:
             self.live = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r\033[K{self.live}", end="", flush=True)
 
-    def header(self, sources: Sequence[Path], versions: Sequence[str], meta: dict[str, str]) -> None:
+    def header(self, sources: Sequence[Path], meta: dict[str, object]) -> None:
         """Everything that is needed to know, and to repeat, what ran."""
-        self.meta = meta
+        self.meta = {key: str(value) for key, value in meta.items()}
         for path in sources:
-            text = path.read_text(encoding="utf-8")
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            self.write(
-                f"#### source {path.name} sha256={digest} lines={text.count(chr(10))}\n{text.rstrip(chr(10))}"
-            )
-        self.write("\n".join(["=" * 100, *versions, *(f"{k}: {v}" for k, v in meta.items()), "=" * 100]))
+            source = path.read_bytes()
+            lines = source.decode().removesuffix("\n").split("\n")
+            digest = hashlib.sha256(source).hexdigest()
+            self.write("\n".join([f"#### source {path.name} sha256={digest} lines={len(lines)}", *lines]))
+        triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
+        versions = (
+            f"Running Python {sys.version}".replace("\n", " "),
+            f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+            f"Running Triton version {triton}",
+        )
+        conditions = (f"{key}: {value}" for key, value in self.meta.items())
+        self.write("\n".join(["=" * 100, *versions, *conditions, "=" * 100]))
+
+    def step(self, what: str, ms: float, steps: int, more: str = "") -> None:
+        """One `step:` line of the community's format; validations are shown on the terminal too."""
+        line = f"step:{what} train_time:{ms:.0f}ms step_avg:{ms / max(steps, 1):.2f}ms {more}".rstrip()
+        (self.say if "val_loss" in what else self.write)(line)
 
     def close(self, status: str, result: dict[str, object]) -> None:
         """The closing line; then the JSON twin, written whole or not at all."""
@@ -432,13 +420,8 @@ class Log:
         self.say(f"status: {status}")
         self.file.close()
         self.file = None
-        atomically(
-            self.path.with_suffix(".json"),
-            lambda p: p.write_text(
-                json.dumps({"format": 1, "meta": self.meta, "result": {"status": status, **result}}, indent=1)
-                + "\n"
-            ),
-        )
+        twin = json.dumps({"format": 1, "meta": self.meta, "result": {"status": status, **result}}, indent=1)
+        atomically(self.path.with_suffix(".json"), lambda path: path.write_text(twin + "\n"))
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -498,40 +481,30 @@ class Corpus:
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
         """Read and check the manifest and every shard's header and size (not its content)."""
-        path = folder / "manifest.json"
-        remedy = "prepare one with data/prepare.py or data/fineweb.py"
+        path, default = folder / "manifest.json", folder == PROJECT / "data" / "default"
+        remedy = f"make it with data/prepare.py{' --default' if default else ' or data/fineweb.py'}"
         if not path.is_file():
             raise InputError(f"no manifest.json in {folder}, so there is no prepared data there; {remedy}")
         try:
             manifest = json.loads(path.read_bytes())
             tok, splits = manifest["tokenizer"], manifest["splits"]
-            table = folder / manifest["token_bytes"]["file"]
-            token_bytes = np.load(table, allow_pickle=False)
-            found = {s: tuple(sorted(folder.glob(f"*_{s}_*.bin"))) for s in ("train", "val")}
-            for split, files in found.items():
-                declared = {row["file"]: row["tokens"] for row in splits[split]["shards"]}
-                if {f.name for f in files} != set(declared):
-                    raise InputError(
-                        f"{folder} holds {len(files)} {split} shards but its manifest names {len(declared)}: "
-                        f"different are {sorted({f.name for f in files} ^ set(declared))[:3]}; {remedy}"
-                    )
-                for file in files:
-                    check_shard(file, declared[file.name])
-            corpus = cls(
-                *found.values(), tok["vocab_size"], tok["bos_id"], tok["kind"], token_bytes, sha256_of(path)
-            )
-        except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            table = np.load(folder / manifest["token_bytes"]["file"], allow_pickle=False)
+            tokens = {row["file"]: row["tokens"] for s in ("train", "val") for row in splits[s]["shards"]}
+            train, val = (tuple(sorted(folder.glob(f"*_{s}_*.bin"))) for s in ("train", "val"))
+            corpus = cls(train, val, tok["vocab_size"], tok["bos_id"], tok["kind"], table, sha256_of(path))
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"manifest {path} cannot be used ({reason}); {remedy}") from None
+        different = sorted({f.name for f in train + val} ^ set(tokens))
+        if different or not train or not val:
             raise InputError(
-                f"manifest {path} cannot be used ({type(error).__name__}: {error}); {remedy}"
-            ) from None
-        if (
-            len(corpus.token_bytes) != corpus.vocab_size
-            or not 0 <= corpus.bos_id < corpus.vocab_size <= 65536
-        ):
-            raise InputError(
-                f"manifest {path}: vocab_size {corpus.vocab_size}, bos_id {corpus.bos_id} and a byte table of "
-                f"{len(corpus.token_bytes)} entries do not fit together; {remedy}"
+                f"{folder}: manifest and shards differ ({different[:3] or 'no shards'}); {remedy}"
             )
+        for shard in train + val:
+            check_shard(shard, tokens[shard.name])
+        if len(table) != corpus.vocab_size or not 0 <= corpus.bos_id < corpus.vocab_size <= 65536:
+            found = f"vocab_size {corpus.vocab_size}, bos_id {corpus.bos_id}, byte table of {len(table)}"
+            raise InputError(f"manifest {path} contradicts itself: {found}; {remedy}")
         return corpus
 
 
@@ -542,29 +515,29 @@ def sha256_of(path: Path) -> str:
 def check_shard(path: Path, declared: int | None = None) -> int:
     """The number of tokens of a shard; InputError where header, size or manifest disagree."""
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    remedy = "fetch or prepare it again"
-    if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC:
-        raise InputError(
-            f"{path} is not a token shard (it must begin with the number {SHARD_MAGIC}); {remedy}"
+    if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        found = f"{header[0]}, {header[1]}" if len(header) > 1 else "nothing"
+        rule = (
+            f"shards begin with {SHARD_MAGIC}, {SHARD_VERSION} in a header of {4 * SHARD_HEADER_INTS} bytes"
         )
-    if header[1] != SHARD_VERSION:
-        raise InputError(
-            f"{path} is a shard of version {header[1]}, this program reads version {SHARD_VERSION}"
-        )
+        raise InputError(f"{path} is not a token shard: it begins with {found}; {rule}; fetch it again")
     tokens, size = int(header[2]), path.stat().st_size
-    if size != 4 * SHARD_HEADER_INTS + 2 * tokens:
-        raise InputError(
-            f"{path} is {size} bytes but {tokens} tokens need {4 * SHARD_HEADER_INTS + 2 * tokens}; {remedy}"
-        )
-    if declared is not None and tokens != declared:
-        raise InputError(f"{path} has {tokens} tokens but the manifest says {declared}; {remedy}")
+    wanted = 4 * SHARD_HEADER_INTS + 2 * tokens
+    if size != wanted:
+        raise InputError(f"{path} has {size} bytes, its {tokens} tokens need {wanted}; fetch it again")
+    if declared not in (None, tokens):
+        raise InputError(f"{path} has {tokens} tokens, the manifest says {declared}; fetch it again")
     return tokens
 
 
 def map_shard(path: Path) -> np.ndarray:
     """Tokens as a read-only uint16 memory map."""
-    check_shard(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS)
+
+
+def check_tokens(tokens: np.ndarray, corpus: Corpus, path: Path) -> None:
+    if len(tokens) and int(tokens.max()) >= corpus.vocab_size:
+        raise InputError(f"{path} holds token {tokens.max()}, its manifest's vocabulary {corpus.vocab_size}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -581,29 +554,23 @@ class Documents:
         tokens = map_shard(path)
         part = np.asarray(tokens[:head])
         starts = np.flatnonzero(part == corpus.bos_id)
-        if len(part) and int(part.max()) >= corpus.vocab_size:
-            raise InputError(
-                f"{path} holds token {part.max()}, the vocabulary of its manifest ends at {corpus.vocab_size - 1}"
-            )
+        check_tokens(part, corpus, path)
         if len(part) < len(tokens):
             starts, edges = starts[:-1], starts
         else:
             edges = np.append(starts, len(tokens))
         return cls(tokens, starts, np.append(0, np.cumsum(np.minimum(np.diff(edges), max_seq_len))))
 
-    def fill(self, first: int, slot_tokens: int) -> int | None:
-        """The document after the last one that a slot beginning at document `first` takes."""
-        after = int(np.searchsorted(self.ends, self.ends[first] + slot_tokens + 1))
-        return after if after < len(self.ends) else None
+    def fill(self, first: int, slots: int, slot_tokens: int) -> list[int] | None:
+        """Document bounds [slots + 1] of consecutive slots, or None if the shard has too few left.
 
-    def fill_batch(self, first: int, slots: int, slot_tokens: int) -> list[int] | None:
-        """Document bounds [slots + 1] of consecutive slots, or None if the shard has too few left."""
+        A slot takes documents, the last one cut, until it has its tokens and one more as the last target.
+        """
         bounds = [first]
         for _ in range(slots):
-            after = self.fill(bounds[-1], slot_tokens) if bounds[-1] < len(self.starts) else None
-            if after is None:
+            bounds.append(int(np.searchsorted(self.ends, self.ends[bounds[-1]] + slot_tokens + 1)))
+            if bounds[-1] >= len(self.ends):
                 return None
-            bounds.append(after)
         return bounds
 
     def pack(self, first: int, after: int, slot_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -661,15 +628,15 @@ def batch_bounds(recipe: Recipe, slots: int, corpus: Corpus) -> Iterator[tuple[D
     slot_tokens, done, cursor = next(steps), 0, 0
     for is_new, documents in indexes(corpus.train, corpus, recipe.max_seq_len):
         cursor = 0 if is_new else cursor
-        while bounds := documents.fill_batch(cursor, slots, slot_tokens):
+        while bounds := documents.fill(cursor, slots, slot_tokens):
             yield documents, bounds
             cursor, done = bounds[-1], done + 1
             if (slot_tokens := next(steps, None)) is None:
                 return
     raise InputError(
-        f"the training shards last for {done} of {recipe.total_steps} steps of recipe {recipe.name}, which trains on "
-        f"{recipe.train_tokens:,} tokens after documents are cut at {recipe.max_seq_len} tokens and at slot ends; "
-        f"add shards (they hold {sum(map(check_shard, corpus.train)):,} tokens before cuts) or choose a smaller recipe"
+        f"the training shards last for {done} of {recipe.total_steps} steps: recipe {recipe.name} needs "
+        f"{recipe.train_tokens:,} tokens after documents are cut at {recipe.max_seq_len} and at slot ends, "
+        f"they hold {sum(map(check_shard, corpus.train)):,} before; add shards or choose a smaller recipe"
     )
 
 
@@ -679,7 +646,7 @@ def check_train_data(recipe: Recipe, slots: int, corpus: Corpus) -> int:
 
 
 def batches(
-    cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first_step: int = 0
+    cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first_step: int
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each step from `first_step` on."""
     recipe, per_rank = cfg.recipe, cfg.slots // ranks.world_size
@@ -707,32 +674,22 @@ class ValSet:
 
     @classmethod
     def read(cls, recipe: Recipe, corpus: Corpus, ranks: Ranks) -> "ValSet":
-        tokens = np.concatenate([map_shard(f)[: recipe.val_tokens + 1] for f in corpus.val])[
-            : recipe.val_tokens + 1
-        ]
-        if len(tokens) <= recipe.val_tokens:
+        need = recipe.val_tokens + 1
+        tokens = np.concatenate([map_shard(f)[:need] for f in corpus.val])[:need]
+        if len(tokens) < need:
             raise InputError(
-                f"recipe {recipe.name} validates on {recipe.val_tokens + 1:,} tokens, the validation shards hold "
-                f"{len(tokens):,}; prepare more with data/prepare.py --val or --val-fraction"
+                f"recipe {recipe.name} needs {need:,} validation tokens, the shards hold {len(tokens):,}; "
+                "prepare more with data/prepare.py --val or --val-fraction"
             )
-        if int(tokens.max()) >= corpus.vocab_size:
-            raise InputError(
-                f"validation token {tokens.max()} lies outside the manifest's vocabulary of {corpus.vocab_size}"
-            )
+        check_tokens(tokens, corpus, corpus.val[0].parent)
         slots = []
         for at in range(0, recipe.val_tokens, recipe.val_slot):
             part = tokens[at : at + recipe.val_slot + 1]
             slots.append((part, np.union1d(0, np.flatnonzero(part[:-1] == corpus.bos_id))))
         longest = max(int(np.diff(np.append(b, recipe.val_slot)).max()) for _, b in slots)
         num_bytes = int(corpus.token_bytes[tokens[1:]].sum(dtype=np.int64))
-        max_docs = max(len(b) for _, b in slots)
-        return cls(
-            slots[ranks.rank :: ranks.world_size],
-            max_docs,
-            round_up(longest, 128),
-            len(tokens) - 1,
-            num_bytes,
-        )
+        mine, max_docs = slots[ranks.rank :: ranks.world_size], max(len(b) for _, b in slots)
+        return cls(mine, max_docs, round_up(longest, 128), recipe.val_tokens, num_bytes)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -786,8 +743,8 @@ def at(recipe: Recipe, step: int) -> Sched:
 def yarn(recipe: Recipe, stage: int) -> tuple[Tensor, float]:
     """(rotary frequencies float32 [head_dim / 4], attention scale) after the window changes up to `stage`.
 
-    Half of the head's dims rotate. When the long window grows, frequencies that turn less than once in the old
-    window are slowed in proportion, those that turn 32 times or more stay. Source: arXiv 2309.00071.
+    When the long window grows, frequencies that turn less than once in the old window are slowed in
+    proportion, those that turn 32 times or more stay. Source: arXiv 2309.00071.
     """
     freqs = (1 / 1024) ** torch.linspace(0, 1, recipe.head_dim // 4)
     scale = 0.1
@@ -817,7 +774,7 @@ def shift(x_BT: Tensor) -> Tensor:
 def rotate(x_BTHK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     """Rotate adjacent pairs of the first half of the head's dims; the other half stays.
 
-    cos, sin: [T, 1, head_dim / 4] for plain heads; paired heads bring x as [B, T, H/2, 2, K] and two positions.
+    cos, sin: [T, 1, K / 4]; paired heads bring x as [B, T, H/2, 2, K] and tables [T, 1, 2, K / 4].
     """
     turning, still = x_BTHK.chunk(2, dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
@@ -834,29 +791,17 @@ class Knobs(NamedTuple):
     mtp_K: Tensor  # float32 [3], on the device
 
 
-class Layout:
-    """Named slices of one vector: ("resid", 11, 1.1) is 11 entries that begin as 1.1."""
-
-    def __init__(self, *rows: tuple[str, int, float], multiple: int = 8) -> None:
-        self.size = round_up(sum(count for _, count, _ in rows), multiple)
-        self.init = torch.ones(self.size)
-        self.slices, at = {}, 0
-        for name, count, value in rows:
-            self.slices[name] = slice(at, at + count)
-            self.init[self.slices[name]] = value
-            at += count
-
-
-def scalar_layout(num_layers: int) -> Layout:
-    """The `scalars` parameter; qkv and out multiply the attention weights of each layer."""
-    return Layout(
-        ("resid", num_layers, 1.1),
-        ("qkv", num_layers, 0.5),
-        ("out", num_layers, 1.0),
-        ("smear", 1, 0.0),
-        ("backout", 1, 0.5),
-        ("skip", 1, -1.5),
-    )
+def scalar_layout(num_layers: int) -> tuple[dict[str, slice], Tensor]:
+    """Named slices of the `scalars` parameter, and its initial value."""
+    rows = ("resid", num_layers, 1.1), ("qkv", num_layers, 0.5), ("out", num_layers, 1.0)
+    rows += ("smear", 1, 0.0), ("backout", 1, 0.5), ("skip", 1, -1.5)
+    init = torch.ones(round_up(sum(count for _, count, _ in rows), 8))
+    slices, at = {}, 0
+    for name, count, value in rows:
+        slices[name] = slice(at, at + count)
+        init[slices[name]] = value
+        at += count
+    return slices, init
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -872,7 +817,8 @@ class GPT(nn.Module):
         """Parameters on the CPU, the same for the same seed on every device and rank."""
         super().__init__()
         r, gen = cfg.recipe, torch.Generator().manual_seed(seed)
-        self.cfg, self.layers, self.layout = cfg, r.layers, scalar_layout(len(r.layers))
+        self.cfg, self.layers = cfg, r.layers
+        self.slices, scalars = scalar_layout(len(r.layers))
         attending = [layer for layer in r.layers if layer.attn]
         value_layers = [layer for layer in r.layers if layer.value_embed is not None]
         attn_rows = round_up(4 * len(attending), BANK_MULTIPLE) // 4
@@ -881,7 +827,7 @@ class GPT(nn.Module):
         init = {
             "attn_bank": torch.zeros(attn_rows, 4, r.model_dim, r.model_dim),  # matrices q, k, v, o
             "mlp_bank": torch.zeros(mlp_rows, 2, r.hidden_dim, r.model_dim),  # c_fc and, transposed, c_proj
-            "scalars": self.layout.init.clone(),
+            "scalars": scalars,
             **{f"ve{i}": torch.zeros(cfg.padded_vocab, r.model_dim) for i in range(3)},
             "smear_gate": torch.zeros(1, GATE_DIM),
             "skip_gate": torch.zeros(1, GATE_DIM),
@@ -900,9 +846,8 @@ class GPT(nn.Module):
         # Twice the longest slot: paired heads give every token two positions.
         longest = max(r.val_slot, *(stage.batch_tokens // cfg.slots for stage in r.stages))
         for name in ("cos", "sin"):
-            self.register_buffer(
-                name, torch.zeros(2 * longest, r.head_dim // 4, dtype=cfg.dtype), persistent=False
-            )
+            table = torch.zeros(2 * longest, r.head_dim // 4, dtype=cfg.dtype)
+            self.register_buffer(name, table, persistent=False)
         self.set_rotary(yarn(r, 0)[0])
 
     def set_rotary(self, freqs: Tensor) -> None:
@@ -932,24 +877,16 @@ class GPT(nn.Module):
         if layer.key_offset:
             turning, still = k.chunk(2, dim=-1)
             k = torch.cat((turning, shift(still)), dim=-1)
-        cu_seqlens, max_seq_len = docs
-        y = kernels.attention(
-            q,
-            k,
-            v.contiguous(),
-            cu_seqlens * 2 if paired else cu_seqlens,
-            max_seq_len * 2 if paired else max_seq_len,
-            getattr(knobs, layer.window),
-            knobs.scale,
-            r.max_window,
-            self.cfg.attention,
-        ).view(B, T, H, K)
+        cu_seqlens, max_seq_len = (2 * x if paired else x for x in docs)
+        window = knobs.long if layer.window == "long" else knobs.short
+        limits = cu_seqlens, max_seq_len, window, knobs.scale, r.max_window
+        y = kernels.attention(q, k, v.contiguous(), *limits, self.cfg.attention).view(B, T, H, K)
         y = y * torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], w["attn_gate"])).unsqueeze(-1)
         return F.linear(y.flatten(2), w["out"])
 
     def layer_weights(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
-        """Per layer its slices of the banks. Banks are split once, by unbind, to avoid select-backward kernels."""
-        qkv_mul, out_mul = (self.scalars[self.layout.slices[n]].unbind(0) for n in ("qkv", "out"))
+        """Each layer's slices. Banks are split once, by unbind, to avoid a select-backward kernel a slice."""
+        qkv_mul, out_mul = (self.scalars[self.slices[n]].unbind(0) for n in ("qkv", "out"))
         attn, attn_gates = iter(self.attn_bank.unbind(0)), iter(self.attn_gate_bank.unbind(0))
         ve_gates, mlp = iter(self.ve_gate_bank.unbind(0)), iter(self.mlp_bank.flatten(0, 1).unbind(0))
         values = [F.embedding(tokens_BT, table) for table in (self.ve0, self.ve1, self.ve2)]
@@ -969,7 +906,7 @@ class GPT(nn.Module):
 
     def stream(self, tokens_BT: Tensor, docs: tuple, knobs: Knobs) -> Tensor:
         """Tokens to the normalised residual stream [N, D] that the head reads."""
-        scalar = {name: self.scalars[part] for name, part in self.layout.slices.items()}
+        scalar = {name: self.scalars[part] for name, part in self.slices.items()}
         resid, x0_mul = scalar["resid"].unbind(0), self.x0_lambdas.unbind(0)
         smear, backout, skip = (scalar[name].squeeze(0) for name in ("smear", "backout", "skip"))
         e = F.embedding(tokens_BT, self.embed)
@@ -993,7 +930,7 @@ class GPT(nn.Module):
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor, max_seq_len: int, knobs: Knobs
     ) -> Tensor:
-        """Sum of the token losses, float32: with multi-token targets in training, of the next token in evaluation."""
+        """Sum of the token losses, float32; with multi-token targets when training."""
         x_ND = self.stream(tokens_BT, (cu_seqlens, max_seq_len), knobs)
         targets_N, slot_tokens = targets_BT.flatten(), tokens_BT.shape[1]
         if self.training:
@@ -1010,7 +947,7 @@ class GPT(nn.Module):
 
 
 def flops_per_token(cfg: Config) -> float:
-    """Forward and backward products with matrices in use; attention's own products are left out (a few percent)."""
+    """Products with matrices, forward and backward; attention's own, a few percent, are left out."""
     r = cfg.recipe
     attn = sum(4 * r.model_dim**2 for layer in r.layers if layer.attn)
     mlp = len(r.layers) * 2 * r.model_dim * r.hidden_dim
@@ -1135,11 +1072,9 @@ class Shard:
     def own(self, full: Tensor) -> Tensor:
         """This rank's rows of `full`: a view, or a zero-padded copy where the rows do not divide."""
         rows = full[self.first : self.first + self.rows]
-        return (
-            torch.cat((rows, rows.new_zeros(self.rows - len(rows), *rows.shape[1:])))
-            if self.is_padded
-            else rows
-        )
+        if not self.is_padded:
+            return rows
+        return torch.cat((rows, rows.new_zeros(self.rows - len(rows), *rows.shape[1:])))
 
     def reduce(self, grad: Tensor) -> tuple[dist.Work | None, Tensor]:
         """Start summing the gradient over ranks; (what to wait for, where this rank's rows will be)."""
@@ -1171,12 +1106,13 @@ class Shard:
 
 def check_params(names: Sequence[str]) -> None:
     table = [row.name for row in PARAMS]
-    duplicate = sorted({n for n in table if table.count(n) > 1})
-    missing, extra = sorted(set(names) - set(table)), sorted(set(table) - set(names))
-    if duplicate or missing or extra:
-        raise ValueError(
-            f"PARAMS does not match the model: duplicate {duplicate}, missing {missing}, extra {extra}"
-        )
+    wrong = {
+        "duplicate": sorted({n for n in table if table.count(n) > 1}),
+        "missing": sorted(set(names) - set(table)),
+        "extra": sorted(set(table) - set(names)),
+    }
+    if any(wrong.values()):
+        raise ValueError(f"PARAMS does not match the model: {wrong}")
 
 
 class NorMuonAndAdam:
@@ -1190,39 +1126,31 @@ class NorMuonAndAdam:
         self.params, self.recipe = dict(model.named_parameters()), recipe
         check_params(list(self.params))
         self.is_tied = True
-        self.shards, self.state, self.updates = {}, {}, dict.fromkeys(self.params, 0)
+        self.shards, self.state, self.lr_muls, self.updates = {}, {}, {}, dict.fromkeys(self.params, 0)
         for row in PARAMS:
             p = self.params[row.name].detach()
             full = p.flatten(0, 1) if row.optim == "normuon" else p
-            shard = self.shards[row.name] = Shard(full, ranks, row.comms == "sharded")
-            self.state[row.name] = self._new_state(row, shard)
+            self.shards[row.name] = Shard(full, ranks, row.comms == "sharded")
+            self._new_state(row, self.shards[row.name])
         self._normuon_step = compiler(normuon_step, dynamic=False)
         # Elementwise on flat views: one graph with run-time sizes does for every Adam parameter of a dtype.
         self._adam_step = compiler(adam_step, dynamic=True)
 
-    def _new_state(self, row: Param, shard: Shard) -> dict[str, Tensor]:
+    def _new_state(self, row: Param, shard: Shard) -> None:
         mine = shard.own(shard.full)
+        zeros = functools.partial(torch.zeros, device=mine.device)
         if row.optim == "adam":
-            return {name: torch.zeros_like(mine, dtype=torch.float32) for name in ("m", "v")}
-        rows, columns = mine.shape[1:]
-        second = (len(mine), rows, 1) if rows >= columns else (len(mine), 1, columns)
-        state = {
-            "momentum": torch.zeros_like(mine, dtype=torch.float32),
-            "second": torch.zeros(second, device=mine.device),
+            self.state[row.name] = {"m": zeros(mine.shape), "v": zeros(mine.shape)}
+            return
+        M, R, C = mine.shape
+        self.state[row.name] = {
+            "momentum": zeros(M, R, C),
+            "second": zeros((M, R, 1) if R >= C else (M, 1, C)),
         }
         if mine.dtype == torch.bfloat16:
-            state["low"] = torch.zeros_like(mine, dtype=torch.int16)
-        return state
-
-    def _lr_mul(self, row: Param) -> Tensor:
-        """Float32 [M, 1, 1] multipliers of this rank's matrices."""
-        shard = self.shards[row.name]
-        indexes = torch.arange(shard.first, shard.first + shard.rows, device=shard.full.device)
-        return torch.tensor(row.lr_mul, device=shard.full.device)[indexes % len(row.lr_mul)].view(-1, 1, 1)
-
-    @functools.cached_property
-    def _lr_muls(self) -> dict[str, Tensor]:
-        return {row.name: self._lr_mul(row) for row in PARAMS if row.optim == "normuon"}
+            self.state[row.name]["low"] = zeros(M, R, C, dtype=torch.int16)
+        muls = [row.lr_mul[i % len(row.lr_mul)] for i in range(shard.first, shard.first + M)]
+        self.lr_muls[row.name] = torch.tensor(muls, device=mine.device).view(M, 1, 1)
 
     @torch.no_grad()
     def step(self, sched: Sched) -> None:
@@ -1263,16 +1191,9 @@ class NorMuonAndAdam:
         self.updates[row.name] += 1
         if row.optim == "normuon":
             lr = r.muon_lr * sched.lr
-            tensors = (
-                mine,
-                state.get("low"),
-                grad,
-                state["momentum"],
-                state["second"],
-                self._lr_muls[row.name] * lr,
-            )
             decay, mu = torch.tensor(r.muon_wd * row.wd_mul * lr), torch.tensor(sched.momentum)
-            self._normuon_step(*tensors, decay, mu, r.muon_beta2)
+            tensors = state["momentum"], state["second"], self.lr_muls[row.name] * lr, decay, mu
+            self._normuon_step(mine, state.get("low"), grad, *tensors, r.muon_beta2)
         else:
             beta1, beta2 = row.betas
             lr, t = r.adam_lr * row.lr_mul[0] * sched.lr, self.updates[row.name]
@@ -1286,20 +1207,15 @@ class NorMuonAndAdam:
         """Give every tied parameter a state of its own: the transposed moments of its source."""
         for row in PARAMS:
             if row.tied_to:
-                source = self._full_state(row.tied_to)
-                self.state[row.name] = {
-                    k: self.shards[row.name].own(x.T).contiguous() for k, x in source.items()
-                }
+                source, own = self._full_state(row.tied_to), self.shards[row.name].own
+                self.state[row.name] = {k: own(x.T).contiguous() for k, x in source.items()}
                 self.updates[row.name] = self.updates[row.tied_to]
         self.is_tied = False
 
     def _full_state(self, name: str) -> dict[str, Tensor]:
-        shard, state = self.shards[name], self.state[name]
-        full = {
-            k: x.new_empty(len(shard.full), *x.shape[1:]) if shard.world_size > 1 else x
-            for k, x in state.items()
-        }
-        for key, x in state.items():
+        shard, full = self.shards[name], {}
+        for key, x in self.state[name].items():
+            full[key] = x if shard.world_size == 1 else x.new_empty(len(shard.full), *x.shape[1:])
             shard.gather(x, full[key])()
         return full
 
@@ -1329,60 +1245,90 @@ class Job:
     corpus: Corpus
     log: Log
     model: GPT
-    forward: Callable  # the model, compiled where that is possible
+    forward: Callable  # the model, compiled where that pays
     optimizer: NorMuonAndAdam
     val: ValSet
-    max_docs: int
-    mtp_SK: Tensor  # float32 [steps, 3], on the device
+    max_docs: int  # most documents in a slot of any step
+    mtp_SK: Tensor  # float32 [steps + 1, 3], on the device
     clock: Clock
     first_step: int = 0
-    checkpoint: Path | None = None
     checkpoint_every: int = 0
 
     def knobs(self, sched: Sched) -> Knobs:
-        """The run-time values of a step."""
-        scale = yarn(self.cfg.recipe, sched.stage)[1]
-        short, long = (torch.tensor(w) for w in sched.windows)
-        return Knobs(short, long, torch.tensor(scale, dtype=torch.float32), self.mtp_SK[sched.step].clone())
+        short, long = (torch.tensor(window) for window in sched.windows)
+        scale = torch.tensor(yarn(self.cfg.recipe, sched.stage)[1], dtype=torch.float32)
+        return Knobs(short, long, scale, self.mtp_SK[sched.step].clone())
+
+    def save(self, step: int) -> None:
+        """Write all that the rest of the run depends on. Every rank must call it; the master writes."""
+        recipe, data = self.cfg.recipe.name, self.corpus.sha256
+        saved = {"step": step, "train_ms": self.clock.ms(), "recipe": recipe, "data": data}
+        saved |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.ranks.rank == 0:
+            path = self.log.path.with_suffix(".ckpt")
+            atomically(path, lambda temporary: torch.save(saved, temporary))
+            self.log.say(f"checkpoint: step {step} in {path}")
+
+    def resume(self, path: Path) -> None:
+        """Continue where a checkpoint was written; only tensors and plain values are unpickled."""
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            found, wanted = (saved["recipe"], saved["data"]), (self.cfg.recipe.name, self.corpus.sha256)
+            if found == wanted:
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.first_step, self.clock.elapsed_ms = saved["step"], saved["train_ms"]
+        except Exception as error:  # whatever a foreign file makes torch.load raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise InputError(
+                f"checkpoint {path} cannot be used ({reason}); name one of this trainer"
+            ) from None
+        if found != wanted:
+            raise InputError(
+                f"checkpoint {path} is of recipe and data {found}, this run of {wanted}; use those"
+            )
 
 
-def compiler_for(device: torch.device, log: Log) -> Callable:
-    """torch.compile, or no compilation where the machine lacks what it needs; says so."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
-        log.say("compile: no (torch.compile needs a C++ compiler, and none was found); running eagerly")
+def compiler_for(recipe: Recipe, device: torch.device, log: Log) -> Callable:
+    """torch.compile, or no compilation where it does not pay or cannot work; says so."""
+    reason = None
+    if device.type == "cpu" and not recipe.cpu_compile:
+        reason = f"compiling recipe {recipe.name} for a CPU takes longer than it saves"
+    elif device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        reason = "torch.compile needs a C++ compiler, and none is on the path"
+    if reason:
+        log.say(f"compile: no, running eagerly ({reason})")
         return lambda fn, **_: fn
-    torch._dynamo.config.recompile_limit = 64  # four shapes of the model and as many of each update are meant
+    torch._dynamo.config.recompile_limit = 64  # one graph a batch shape is meant
     return functools.partial(torch.compile, fullgraph=True)
 
 
 def forward_backward(job: Job, micro: Batch, knobs: Knobs) -> Tensor:
     """Add one micro-batch's gradients; its summed token loss comes back, detached."""
-    loss = job.forward(*micro[:2], micro.cu_seqlens, job.cfg.recipe.max_seq_len, knobs)
+    loss = job.forward(*micro, job.cfg.recipe.max_seq_len, knobs)
     (loss * GRAD_SCALE).backward()
     return loss.detach()
 
 
 def warm_up(job: Job) -> None:
     """Run every kind of step once on random tokens, which cannot teach, then put everything back bitwise."""
-    cfg, r, ranks = job.cfg, job.cfg.recipe, job.ranks
-    before = {k: v.detach().clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
-    gen = np.random.default_rng(0)
-    per_rank = cfg.slots // ranks.world_size
-    starts = np.cumsum([0] + [stage.steps for stage in r.stages])[:-1]
-    for first in starts:
-        for step in sorted({int(first) & ~1, int(first) | 1, r.split_step} if first else {0, 1}):
-            sched = at(r, step)
-            slot_tokens = r.stages[sched.stage].batch_tokens // cfg.slots
+    cfg, r, gen = job.cfg, job.cfg.recipe, np.random.default_rng(0)
+    model, optimizer = {k: v.clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
+    per_rank, first = cfg.slots // job.ranks.world_size, 0
+    for stage in r.stages:
+        # An even and an odd step of each stage, and the step that unties embedding and head.
+        for step in sorted({first & ~1, first | 1} | ({r.split_step} if first else set())):
+            sched, slot_tokens = at(r, step), stage.batch_tokens // cfg.slots
             size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
             noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
-            noise[:, :: min(256, r.max_seq_len)] = cfg.bos_id
-            slots = [(row, np.flatnonzero(row[:-1] == cfg.bos_id)[: job.max_docs]) for row in noise]
-            micro = make_batch(slots, size * job.max_docs, ranks.device)
+            begins = np.arange(0, slot_tokens, r.max_seq_len)
+            micro = make_batch([(row, begins) for row in noise], size * job.max_docs, job.ranks.device)
             forward_backward(job, micro, job.knobs(sched))
             job.optimizer.step(sched)
+        first += stage.steps
     validate(job, at(r, 0), limit=1)
-    job.model.load_state_dict(before[0])
-    job.optimizer.load_state_dict(before[1])
+    job.model.load_state_dict(model)
+    job.optimizer.load_state_dict(optimizer)
     for p in job.model.parameters():
         p.grad = None
     job.clock.synchronize()
@@ -1392,40 +1338,14 @@ def warm_up(job: Job) -> None:
 def validate(job: Job, sched: Sched, limit: int | None = None) -> tuple[float, float]:
     """(mean nats per token, bits per byte) over the validation tokens of all ranks."""
     val, knobs = job.val, job.knobs(sched)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=job.ranks.device)
     job.model.eval()
     for i, slot in enumerate(val.slots[:limit]):
-        job.log.progress(f"validating: {i}/{len(val.slots)}")
-        batch = make_batch([slot], val.max_docs, job.ranks.device)
-        total += job.forward(*batch, val.max_seq_len, knobs).double().cpu()
+        job.log.progress(f"validating: {i + 1}/{len(val.slots)}")
+        total += job.forward(*make_batch([slot], val.max_docs, job.ranks.device), val.max_seq_len, knobs)
     job.model.train()
-    nats = float(job.ranks.sum(total.to(job.ranks.device)))
+    nats = float(job.ranks.sum(total))
     return nats / val.num_tokens, nats / math.log(2) / val.num_bytes
-
-
-class Tap:
-    """Losses and stop requests of every step, agreed on by all ranks, read `lag` steps later without a stall."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.lag, self.waiting = ranks, 2 if ranks.device.type == "cuda" else 0, deque()
-
-    def put(self, step: int, loss: Tensor, wants_stop: bool) -> None:
-        values = torch.stack((loss.float(), torch.full_like(loss, float(wants_stop), dtype=torch.float32)))
-        self.ranks.sum(values)
-        event = None
-        if self.ranks.device.type == "cuda":
-            values = values.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.waiting.append((step, values, event))
-
-    def get(self, everything: bool = False) -> Iterator[tuple[int, float, bool]]:
-        """(step, summed loss, whether some rank wants to stop) of the steps that are old enough."""
-        while len(self.waiting) > (0 if everything else self.lag):
-            step, values, event = self.waiting.popleft()
-            if event:
-                event.synchronize()
-            yield step, float(values[0]), bool(values[1])
 
 
 class Diverged(Exception):
@@ -1437,24 +1357,81 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """SIGINT and SIGTERM: the first asks the loop to end after its step, the second ends at once."""
+    """SIGINT and SIGTERM: in the training loop the first asks for the end of the step, else at once."""
 
     def __init__(self) -> None:
-        self.is_set, self.is_deferred = False, False
+        self.is_set, self.in_loop = False, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.is_set or not self.is_deferred:
-            raise Stopped(signal.Signals(number).name)
+        if self.is_set or not self.in_loop:
+            raise Stopped(f"start or within a step: {signal.Signals(number).name}")
         self.is_set = True
+
+
+class Monitor:
+    """Losses and stop requests of every step, agreed on by all ranks, as log lines and one live line.
+
+    They are read `lag` steps later, so that no step waits for the device.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.recipe, self.device = job, job.cfg.recipe, job.ranks.device
+        self.lag, self.waiting, self.recent = (
+            2 if self.device.type == "cuda" else 0,
+            deque(),
+            deque(maxlen=20),
+        )
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0)
+        self.peak_tokens_s = peak * job.ranks.world_size / flops_per_token(job.cfg)
+
+    def put(self, step: int, loss: Tensor, wants_stop: bool) -> None:
+        values = self.job.ranks.sum(torch.stack((loss, torch.full_like(loss, wants_stop))))
+        event = None
+        if self.device.type == "cuda":
+            values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.waiting.append((step, values, event))
+
+    def drain(self, everything: bool = False) -> bool:
+        """Log the steps whose losses have arrived; whether some rank wants to stop. Raises Diverged."""
+        wants_stop = False
+        while len(self.waiting) > (0 if everything else self.lag):
+            step, values, event = self.waiting.popleft()
+            if event:
+                event.synchronize()
+            tokens = self._tokens(step)
+            loss, stop = (values / torch.tensor([tokens, 1])).tolist()
+            if not math.isfinite(loss):
+                raise Diverged(f"step {step + 1}: training loss is {loss}")
+            wants_stop |= bool(stop)
+            self._report(step + 1, loss, tokens)
+        return wants_stop
+
+    def _tokens(self, step: int) -> int:
+        return self.recipe.stages[stage_of(self.recipe, step)[0]].batch_tokens
+
+    def _report(self, done: int, loss: float, tokens: int) -> None:
+        total, ms = self.recipe.total_steps, self.job.clock.ms()
+        self.job.log.step(f"{done}/{total} train_loss:{loss:.4f}", ms, done)
+        self.recent.append((ms, tokens))
+        if len(self.recent) > 1:
+            span = self.recent[-1][0] - self.recent[0][0]
+            rate = 1000 * sum(n for _, n in list(self.recent)[1:]) / max(span, 1e-3)
+            eta = sum(map(self._tokens, range(done, total))) / rate
+            mfu = f"{rate / self.peak_tokens_s:.1%}" if self.peak_tokens_s else "-"
+            self.job.log.progress(
+                f"step {done}/{total} | loss {loss:.4f} | {span / (len(self.recent) - 1):.1f} ms/step | "
+                f"{rate:,.0f} tokens/s | MFU {mfu} | ETA {eta:.0f} s | {peak_memory(self.device)[0]:,} MiB"
+            )
 
 
 def train(job: Job, stop: StopRequest) -> dict[str, object]:
     """The timed loop; the result that goes into the JSON twin."""
-    r, clock, tap = job.cfg.recipe, job.clock, Tap(job.ranks)
-    progress = Progress(job)
-    stage = None
+    r, clock, monitor, stage = job.cfg.recipe, job.clock, Monitor(job), None
+    stop.in_loop = True
     clock.start()
     stream = batches(job.cfg, job.ranks, job.corpus, job.max_docs, job.first_step)
     for step in range(job.first_step, r.total_steps + 1):
@@ -1464,233 +1441,103 @@ def train(job: Job, stop: StopRequest) -> dict[str, object]:
             job.model.set_rotary(yarn(r, stage)[0])
         if step == r.total_steps or step % r.val_every == 0:
             with clock.paused():
-                drain(job, tap, progress, everything=True)
+                monitor.drain(everything=True)
                 loss, bpb = validate(job, sched)
+                job.log.step(
+                    f"{step}/{r.total_steps} val_loss:{loss:.4f}", clock.ms(), step, f"val_bpb:{bpb:.4f}"
+                )
                 if not math.isfinite(loss):
                     raise Diverged(f"step {step}: validation loss is {loss}")
-                ms = clock.ms()
-                job.log.say(
-                    f"step:{step}/{r.total_steps} val_loss:{loss:.4f} train_time:{ms:.0f}ms "
-                    f"step_avg:{ms / max(step, 1):.2f}ms val_bpb:{bpb:.4f}"
-                )
         if step == r.total_steps:
             break
-        if job.checkpoint_every and step > job.first_step and step % job.checkpoint_every == 0:
-            with clock.paused():
-                save_checkpoint(job, step)
         knobs = job.knobs(sched)
         losses = [forward_backward(job, micro, knobs) for micro in next(stream)]
         job.optimizer.step(sched)
-        tap.put(step, torch.stack(losses).sum(), stop.is_set)
-        if drain(job, tap, progress):
+        monitor.put(step, torch.stack(losses).sum(), stop.is_set)
+        is_last = monitor.drain()
+        if job.checkpoint_every and (is_last or (step + 1) % job.checkpoint_every == 0):
             with clock.paused():
-                if job.checkpoint_every:
-                    save_checkpoint(job, step + 1)
-            raise Stopped(f"step {step + 1}: asked to stop by a signal")
-    return {"val_loss": loss, "val_bpb": bpb, "train_time_ms": ms, "steps": r.total_steps, "target": r.target}
-
-
-def drain(job: Job, tap: Tap, progress: "Progress", everything: bool = False) -> bool:
-    """Log the steps whose losses have arrived; whether to stop. Raises Diverged."""
-    wants_stop = False
-    for step, loss, stop in tap.get(everything):
-        wants_stop |= stop
-        mean = loss / at_tokens(job.cfg.recipe, step)
-        if not math.isfinite(mean):
-            raise Diverged(f"step {step + 1}: training loss is {mean}")
-        progress.step_done(step, mean)
-    return wants_stop
-
-
-def at_tokens(recipe: Recipe, step: int) -> int:
-    return recipe.stages[stage_of(recipe, step)[0]].batch_tokens
-
-
-class Progress:
-    """One log line a step, and on a terminal one live line with what a person waits for."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.recent = job, deque(maxlen=20)
-        name = torch.cuda.get_device_name(job.ranks.device) if job.ranks.device.type == "cuda" else ""
-        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-        self.peak = peak and peak * job.ranks.world_size / flops_per_token(job.cfg)
-
-    def step_done(self, step: int, loss: float) -> None:
-        job, r, done = self.job, self.job.cfg.recipe, step + 1
-        ms = job.clock.ms()
-        avg = ms / done
-        job.log.write(
-            f"step:{done}/{r.total_steps} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{avg:.2f}ms"
-        )
-        self.recent.append((ms, at_tokens(r, step)))
-        if len(self.recent) < 2:
-            return
-        span = self.recent[-1][0] - self.recent[0][0]
-        tokens_s = 1000 * sum(n for _, n in list(self.recent)[1:]) / max(span, 1e-3)
-        left = sum(at_tokens(r, s) for s in range(done, r.total_steps))
-        parts = [
-            f"step {done}/{r.total_steps}",
-            f"loss {loss:.4f}",
-            f"{span / (len(self.recent) - 1):.1f} ms/step",
-            f"{tokens_s:,.0f} tokens/s",
-            f"MFU {tokens_s / self.peak:.1%}" if self.peak else "MFU -",
-            f"ETA {left / tokens_s:.0f} s",
-            memory_line(job.ranks.device),
-        ]
-        job.log.progress(" | ".join(parts))
+                job.save(step + 1)
+        if is_last:
+            raise Stopped(f"step {step + 1}: asked to by a signal")
+    allocated, reserved = peak_memory(job.ranks.device)
+    job.log.say(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    result = {"val_loss": loss, "val_bpb": bpb, "train_time_ms": clock.ms(), "steps": r.total_steps}
+    return {**result, "peak_memory_mib": allocated}
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:
     """(allocated, reserved) MiB at their highest; on a CPU the process's resident set stands for both."""
     if device.type == "cuda":
-        return tuple(
-            f(device) // 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
-        )
-    import resource  # not on Windows, where only this line would fail
-
+        return torch.cuda.max_memory_allocated(device) >> 20, torch.cuda.max_memory_reserved(device) >> 20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20,) * 2
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
 
 
-def memory_line(device: torch.device) -> str:
-    return f"{peak_memory(device)[0] / 1024:.1f} GiB"
-
-
-def save_checkpoint(job: Job, step: int) -> None:
-    """Everything that the rest of the run depends on. Every rank must call it; the master writes."""
-    saved = {
-        "step": step,
-        "train_ms": job.clock.ms(),
-        "recipe": job.cfg.recipe.name,
-        "data": job.corpus.sha256,
-        "model": job.model.state_dict(),
-        "optimizer": job.optimizer.state_dict(),
-    }
-    if job.ranks.is_master:
-        atomically(job.checkpoint, lambda p: torch.save(saved, p))
-        job.log.say(f"checkpoint: step {step} in {job.checkpoint}")
-
-
-def load_checkpoint(job: Job, path: Path) -> None:
-    """Continue where a checkpoint was written; only tensors and plain values are unpickled."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for key, mine in (("recipe", job.cfg.recipe.name), ("data", job.corpus.sha256)):
-            if saved[key] != mine:
-                raise InputError(
-                    f"checkpoint {path} is of {key} {saved[key]}, this run's is {mine}; resume it with that"
-                )
-        job.model.load_state_dict(saved["model"])
-        job.optimizer.load_state_dict(saved["optimizer"])
-    except InputError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise InputError(
-            f"checkpoint {path} cannot be used ({reason}); name a file that --checkpoint-every wrote"
-        ) from None
-    job.first_step = saved["step"]
-    job.clock.elapsed_ms = saved["train_ms"]
-
-
-def describe(
-    args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus
-) -> tuple[list[str], dict[str, str]]:
-    """(version lines, conditions) of the log's header."""
-    triton = importlib.util.find_spec("triton")
-    commit, dirty = git_state()
-    versions = [
-        f"Running Python {sys.version}".replace("\n", " "),
-        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
-        f"Running Triton version {__import__('triton').__version__ if triton else None}",
-    ]
-    meta = {
-        "run_id": args.run_id,
+def describe(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -> dict[str, object]:
+    """The conditions of a run, as the log's header states them."""
+    status = output_of("git", "-C", str(PROJECT), "status", "--porcelain")
+    return {
+        "run_id": args.out.stem,
         "host": socket.gethostname(),
-        **dict(gpu_lines(ranks.device)),
-        "commit": commit,
-        "dirty": dirty,
+        **machine_lines(ranks.device),
+        "commit": output_of("git", "-C", str(PROJECT), "rev-parse", "HEAD") or "unknown",
+        "dirty": "unknown" if status is None else str(bool(status)).lower(),
         "data": f"sha256={corpus.sha256}",
         "recipe": cfg.recipe.name,
-        "seed": str(args.seed),
-        "world_size": str(ranks.world_size),
-        "slots": str(cfg.slots),
+        "seed": args.seed,
+        "world_size": ranks.world_size,
+        "slots": cfg.slots,
         "dtype": str(cfg.dtype).removeprefix("torch."),
         "attention": cfg.attention,
         "fp8_head": str(cfg.fp8_head).lower(),
-        "target": str(cfg.recipe.target),
-        "resumed": str(args.resume),
+        "target": cfg.recipe.target,
+        "resumed": args.resume or "no",
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    return versions, meta
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The first usable backend, and one line that says why the ones before it are not."""
-    reasons = []
-    for name, usable, reason in kernels.attention_backends(device, dtype):
-        if usable:
-            return name, f"attention: {name}" + (f" ({'; '.join(reasons)})" if reasons else "")
-        reasons.append(f"no {name}: {reason}")
-    raise InputError(f"no attention backend works here: {'; '.join(reasons)}")
 
 
 def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[Config, list[str]]:
     """The Config, and the lines that say what the machine decided."""
-    recipe = RECIPES[args.recipe]
+    recipe, lines = RECIPES[args.recipe], []
     if recipe.tokenizer and corpus.tokenizer != recipe.tokenizer:
         raise InputError(
-            f"recipe {recipe.name} is defined for {recipe.tokenizer} tokens, {args.data} holds {corpus.tokenizer} tokens; "
-            f"prepare the text with data/prepare.py --tokenizer {recipe.tokenizer}"
+            f"recipe {recipe.name} is defined for {recipe.tokenizer} tokens, {args.data} holds "
+            f"{corpus.tokenizer}; prepare the text with data/prepare.py --tokenizer {recipe.tokenizer}"
         )
     slots = packing(recipe, ranks.world_size)
-    lines = []
     if slots != recipe.slots:
-        lines.append(
-            f"packing: {slots} slots instead of {recipe.slots}, so documents are cut in other places"
-        )
+        lines.append(f"packing: {slots} slots instead of {recipe.slots}, documents are cut in other places")
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    backend, line = choose_attention(ranks.device, dtype)
+    backends = kernels.attention_backends(ranks.device, dtype)
+    backend = next(name for name, is_usable, _ in backends if is_usable)
+    reasons = "; ".join(f"no {name}: {why}" for name, is_usable, why in backends if not is_usable)
+    lines.append(f"attention: {backend}" + (f" ({reasons})" if reasons else ""))
     has_fp8, reason = kernels.fp8_available(ranks.device)
     if recipe.fp8_head and not has_fp8:
-        lines.append(f"head: {dtype} instead of FP8 ({reason})".replace("torch.", ""))
+        lines.append(f"head: {str(dtype).removeprefix('torch.')} instead of FP8 ({reason})")
     cfg = Config(
-        recipe=recipe,
-        vocab_size=corpus.vocab_size,
-        bos_id=corpus.bos_id,
-        slots=slots,
-        dtype=dtype,
-        attention=backend,
-        fp8_head=recipe.fp8_head and has_fp8,
-    )
-    return cfg, [line, *lines]
+        recipe=recipe, vocab_size=corpus.vocab_size, bos_id=corpus.bos_id, slots=slots, dtype=dtype,
+        attention=backend, fp8_head=recipe.fp8_head and has_fp8,
+    )  # fmt: skip
+    return cfg, lines
 
 
 def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus, log: Log) -> Job:
     """Model, optimizer and data on this rank's device."""
-    per_slot = check_train_data(cfg.recipe, cfg.slots, corpus)
+    r, max_docs = cfg.recipe, round_up(check_train_data(cfg.recipe, cfg.slots, corpus), 64)
+    val = ValSet.read(r, corpus, ranks)
+    compiler = compiler_for(r, ranks.device, log)
     model = GPT(cfg, args.seed).to(ranks.device)
-    compiler = compiler_for(ranks.device, log)
     job = Job(
-        cfg=cfg,
-        ranks=ranks,
-        corpus=corpus,
-        log=log,
-        model=model,
-        forward=compiler(model, dynamic=False),
-        optimizer=NorMuonAndAdam(model, cfg.recipe, ranks, compiler),
-        val=ValSet.read(cfg.recipe, corpus, ranks),
-        max_docs=round_up(per_slot, 64),
-        mtp_SK=torch.tensor([at(cfg.recipe, s).mtp for s in range(cfg.recipe.total_steps + 1)]).to(
-            ranks.device
-        ),
-        clock=Clock(ranks.device),
-        checkpoint=log.path.with_suffix(".ckpt"),
-        checkpoint_every=args.checkpoint_every,
-    )
+        cfg=cfg, ranks=ranks, corpus=corpus, log=log, model=model, forward=compiler(model, dynamic=False),
+        optimizer=NorMuonAndAdam(model, r, ranks, compiler), val=val, max_docs=max_docs,
+        mtp_SK=torch.tensor([at(r, step).mtp for step in range(r.total_steps + 1)]).to(ranks.device),
+        clock=Clock(ranks.device), checkpoint_every=args.checkpoint_every,
+    )  # fmt: skip
     if args.resume:
-        load_checkpoint(job, args.resume)
+        job.resume(args.resume)
     return job
 
 
@@ -1698,35 +1545,28 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
     """One run from arguments to closing line; the exit code."""
     corpus = Corpus.open(args.data)
     cfg, lines = configure(args, ranks, corpus)
-    log = Log(args.out, ranks.is_master)
-    result = {}
+    log, result = Log(args.out, is_master=ranks.rank == 0), {}
     try:
         log.header(
-            [Path(__file__).resolve(), Path(kernels.__file__).resolve()], *describe(args, cfg, ranks, corpus)
+            [Path(__file__).resolve(), Path(kernels.__file__).resolve()], describe(args, cfg, ranks, corpus)
         )
         for line in lines:
             log.say(line)
         with ranks.process_group():
             began = time.perf_counter()
             job = build(args, cfg, ranks, corpus, log)
-            log.say("compiling and warming up (the first time takes longest; not timed)")
+            log.say("compiling and warming up kernels (untimed; the first time takes longest)")
             warm_up(job)
             log.say(f"ready after {time.perf_counter() - began:.1f} s")
-            stop.is_deferred = True
             result = train(job, stop)
-            allocated, reserved = peak_memory(ranks.device)
-            log.say(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-            log.close("done", {**result, "peak_memory_mib": allocated})
-            return 0
+        log.close("done", result)
+        return 0
     except Diverged as error:
         log.close(f"diverged at {error}", result)
         return 3
-    except (Stopped, KeyboardInterrupt) as error:
+    except Stopped as error:
         log.close(f"interrupted at {error}", result)
         return 130
-    except InputError as error:
-        log.close(f"crashed at start: {error}", result)
-        raise
     except BaseException as error:
         log.close(f"crashed: {type(error).__name__}: {error}".split("\n")[0], result)
         raise
@@ -1737,44 +1577,40 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    sizes = (
+        f"{r.name}: {r.total_steps} steps, {r.train_tokens / 1e6:.1f} M tokens" for r in RECIPES.values()
+    )
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
         description=__doc__.split("\n\n")[0],
-        epilog="Recipes (tables in section 1 of this file): "
-        + "; ".join(
-            f"{r.name}: {r.total_steps} steps, {r.train_tokens / 1e6:.1f} M tokens" for r in RECIPES.values()
-        )
-        + ". Exit codes: 0 done, 2 bad input, 3 diverged, 130 stopped by a signal.",
+        epilog=f"Recipes: {'; '.join(sizes)}; their tables are in section 1 of this file. "
+        "Exit codes: 0 done, 2 bad input, 3 diverged, 130 stopped by a signal. Also runs under torchrun.",
     )
-    has_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--recipe", default="short" if has_gpu else "tiny", help="default: short with a GPU, else tiny"
-    )
-    parser.add_argument("--data", type=Path, help="folder with shards and manifest.json; default data/default for tiny, "
-                        "data/fineweb10B otherwise")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="log file to write; default logs/<recipe>/<run id>.txt")
-    parser.add_argument("--seed", type=int, default=1, help="of the initial parameters (default 1)")
-    parser.add_argument("--resume", type=Path, metavar="CKPT", help="continue from a checkpoint")
-    parser.add_argument(
-        "--checkpoint-every", type=int, default=0, metavar="N", help="steps; 0, the default: never"
+    default = "short" if torch.cuda.is_available() else "tiny"
+    add = parser.add_argument
+    add("--recipe", default=default, help=f"one of {', '.join(RECIPES)}; default short with a GPU, else tiny")
+    add("--data", type=Path, help="folder of shards; default data/default for tiny, else data/fineweb10B")
+    add("--out", type=Path, help="log file to write; default logs/<recipe>/<run id>.txt")
+    add("--seed", type=int, default=1, help="of the initial parameters; default 1")
+    add("--resume", type=Path, metavar="CKPT", help="continue from this checkpoint")
+    add(
+        "--checkpoint-every", type=int, default=0, metavar="N", help="steps, beside the log; default 0, never"
     )
     args = parser.parse_args(argv)
     if args.recipe not in RECIPES:
         raise InputError(f"recipe {args.recipe!r} does not exist; choose one of {', '.join(RECIPES)}")
     if args.checkpoint_every < 0:
-        raise InputError(f"--checkpoint-every {args.checkpoint_every} must be 0 (never) or a number of steps")
+        raise InputError(f"--checkpoint-every {args.checkpoint_every} must be 0, never, or a number of steps")
     args.data = args.data or PROJECT / "data" / ("default" if args.recipe == "tiny" else "fineweb10B")
-    args.run_id = str(uuid.uuid4())
-    args.out = args.out or Path("logs") / args.recipe / f"{args.run_id}.txt"
+    args.out = args.out or Path("logs") / args.recipe / f"{uuid.uuid4()}.txt"
     return args
 
 
 def main() -> int:
     try:
-        ranks = Ranks.from_torchrun()
-        return run(parse(), ranks, StopRequest())
+        return run(parse(), Ranks.from_torchrun(), StopRequest())
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: error: {error}", file=sys.stderr)
         return 2
 
