@@ -53,7 +53,9 @@ def mean(values: list[float]) -> float:
 
 
 def sample_sd(values: list[float]) -> float:
-    """Standard deviation with n - 1 in the denominator."""
+    """Standard deviation with n - 1 in the denominator; exactly 0 for equal values."""
+    if min(values) == max(values):
+        return 0.0
     centre = mean(values)
     return math.sqrt(math.fsum((x - centre) ** 2 for x in values) / (len(values) - 1))
 
@@ -260,7 +262,7 @@ def parse_head(lines: list[bytes], ours: bool) -> dict:
         head.update({key: fields[key] for key in OUR_KEYS if fields.get(key)})
         devices = [v for k, v in fields.items() if re.fullmatch(r"gpu \d+", k)]
         if devices:
-            head["gpus"] = [re.sub(r" (GPU|MIG)-\S+$", "", device) for device in devices]
+            head["gpus"] = [re.sub(r" ((GPU|MIG)-\S+|unknown)$", "", device) for device in devices]
             if uuids := re.findall(r" ((?:GPU|MIG)-\S+)$", "\n".join(devices), re.M):
                 head["uuids"] = ", ".join(sorted(uuids))
         elif "cpu" in fields:
@@ -516,7 +518,8 @@ def find_logs(arg: str) -> tuple[list[str], str]:
     else:
         matches = sorted(glob.glob(arg, recursive=True))
         if not matches and not os.path.lexists(arg):
-            raise InputError(f"{printable(arg)}: no such file or folder, and no file matches it; quote a '*'")
+            what = printable(arg) or "empty name"
+            raise InputError(f"{what}: no such file or folder, and no file matches it; quote a '*'")
         files = [
             f for m in matches for f in (logs_under(m) if os.path.isdir(m) else [m] if is_log(m) else [])
         ]
@@ -623,17 +626,17 @@ def traits(run: Run) -> dict[str, str | None]:
 
 def mixed_traits(runs: list[Run]) -> list[str]:
     """Names of the traits in which runs differ; only a complete run is held to what its log does not say."""
-    values = defaultdict(set)
+    found = defaultdict(set)
     for run in runs:
         for key, value in traits(run).items():
             if value is not None or run.complete:
-                values[key].add(value)
-    return [key for key, found in values.items() if len(found) > 1]
+                found[key].add(value)
+    return [key for key, distinct in found.items() if len(distinct) > 1]
 
 
 def remedy(arm: Arm, group: list[Run], by_source: bool) -> str:
     """An argument that selects exactly one group of a mixed arm, if a simple one exists."""
-    place = arm.arg.rpartition("@")[0] or arm.arg
+    place = arm.arg if os.path.lexists(arm.arg) else arm.arg.rpartition("@")[0] or arm.arg
     if os.path.isdir(place):
         names = sorted(run.path for run in group)
         pairs = zip(names[0], names[-1], strict=False)
@@ -651,10 +654,14 @@ def check_mixed(arm: Arm, ignore: set[str]) -> None:
     mixed = [key for key in mixed_traits(arm.attempts) if key not in ignore]
     if not mixed:
         return
-    groups = defaultdict(list)
-    for run in arm.attempts:
-        facts = traits(run)
-        groups[tuple(facts[key] or f"{key} unknown" for key in mixed)].append(run)
+    groups: dict[tuple, list[Run]] = {}
+    for run in sorted(arm.attempts, key=lambda run: not run.complete):
+        facts = [traits(run)[key] for key in mixed]
+        key = tuple(fact or f"{key} unknown" for fact, key in zip(facts, mixed, strict=True))
+        if not run.complete:  # it joins the first group that it does not contradict
+            fits = (g for g in groups if all(f in (None, of) for f, of in zip(facts, g, strict=True)))
+            key = next(fits, key)
+        groups.setdefault(key, []).append(run)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     lines = [f"{arm.name}: {len(arm.attempts)} runs in {len(groups)} groups"]
     for number, (key, runs) in enumerate(ordered, 1):
@@ -751,12 +758,12 @@ def find_warnings(arms: list[Arm]) -> list[str]:
     """What weakens the comparison without making it meaningless, one sentence each."""
     found, runs = [], [(arm, run) for arm in arms for run in arm.counted]
     for key in ("host", "uuids", "driver", "torch", "triton", "python"):
-        values = defaultdict(Counter)
+        by_value = defaultdict(Counter)
         for arm, run in runs:
-            values[str(run.head.get(key, "not logged"))][arm.name] += 1
-        if len(values) > 1:
+            by_value[str(run.head.get(key, "not logged"))][arm.name] += 1
+        if len(by_value) > 1:
             groups = [
-                f"{v} ({', '.join(f'{n} {c}' for n, c in counts.items())})" for v, counts in values.items()
+                f"{v} ({', '.join(f'{n} {c}' for n, c in counts.items())})" for v, counts in by_value.items()
             ]
             found.append(f"{key} differs between runs: {some(groups)}")
     if not any("uuids" in run.head or "host" in run.head for _, run in runs):
@@ -1038,35 +1045,41 @@ def draw_panel(axes, arms: list[Arm], target: float | None, use_time: bool) -> N
 
 
 def draw_ends(axes, arms: list[Arm], target: float | None) -> None:
-    """An inset with the last validation of every counted run, which the curves are too coarse to show."""
-    inset = axes.inset_axes((0.47, 0.47, 0.5, 0.46))
+    """The last validation of every counted run, magnified until the arms stand apart; crosses are means."""
     for i, arm in enumerate(arms):
         if times := values(arm, "seconds"):
-            inset.plot(times, values(arm, "loss"), "o", color=f"C{i}", ms=4, alpha=0.7, mew=0)
+            losses = values(arm, "loss")
+            axes.plot(times, losses, "o", color=f"C{i}", ms=4, alpha=0.6, mew=0)
+            axes.plot([mean(times)], [mean(losses)], "x", color=f"C{i}", ms=9, mew=2)
     if target is not None:
-        inset.axhline(target, color="black", lw=1, ls="--")
-    inset.margins(0.1)
-    inset.set_title("last validation of each run", fontsize=8)
-    inset.tick_params(labelsize=7)
-    inset.ticklabel_format(useOffset=False)
-    inset.grid(alpha=0.3)
+        axes.axhline(target, color="black", lw=1, ls="--")
+    axes.margins(0.1)
+    axes.ticklabel_format(useOffset=False)
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_title("last validation of each run", fontsize=9)
+    axes.set_xlabel("training time (s)")
+    axes.grid(alpha=0.3)
 
 
 def save_plot(arms: list[Arm], target: float | None, path: str) -> None:
-    """Validation loss against time and against steps. The figure is drawn without a display."""
+    """Validation loss against time and against steps, and the ends magnified. Needs no display."""
     from matplotlib.figure import Figure
 
     timed = [arm for arm in arms if values(arm, "seconds")]
-    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    draw_panel(panels[0], arms, target, use_time=True)
+    figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
+    by_time, by_step, ends = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    by_time.sharey(by_step)
+    draw_panel(by_step, arms, target, use_time=False)
     if timed:
-        draw_ends(panels[0], arms, target)
-    draw_panel(panels[1], arms, target, use_time=False)
+        draw_panel(by_time, arms, target, use_time=True)
+        draw_ends(ends, arms, target)
+    else:
+        by_time.set_axis_off()
+        ends.set_axis_off()
     if len(timed) < len(arms):
-        panels[0].set_title("an arm without times is only on the right", fontsize=9)
-    panels[0].set_ylabel("validation loss")
-    panels[1].legend(fontsize=8)
+        by_time.set_title("logs without times are only in the middle panel", fontsize=9)
+    (by_time if timed else by_step).set_ylabel("validation loss")
+    by_step.legend(fontsize=8)
     replace_file(path, lambda temporary: figure.savefig(temporary))
 
 
@@ -1155,7 +1168,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "baseline", metavar="BASELINE", help="the first arm: every +/- and Time p is against it"
     )
-    parser.add_argument("candidates", metavar="CANDIDATE", nargs="*", help="further arms")
+    parser.add_argument("candidates", metavar="CANDIDATE", nargs="*", default=[], help="further arms")
     parser.add_argument("--json", metavar="FILE", help="write every number, run and warning to FILE")
     parser.add_argument("--plot", metavar="FILE", help="draw the runs to FILE (.png, .svg or .pdf)")
     parser.add_argument("--target", metavar="X", help="target loss; else that of the logs, else 3.28")
@@ -1192,17 +1205,21 @@ def compare(argv: list[str] | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the report; exit code 0, or 2 with one line on stderr. A closed pipe is not an error."""
     sys.stdout.reconfigure(errors="backslashreplace")
+    text, error = "", None
     try:
-        try:
-            print(compare(argv), flush=True)
-        except InputError as error:
-            if isinstance(error, Refusal):
-                print(error.evidence, flush=True)
-            print(f"compare_runs.py: {error}", file=sys.stderr)
-            return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        text = compare(argv)
+    except InputError as refusal:
+        text, error = getattr(refusal, "evidence", ""), refusal
+    try:
+        if text:
+            print(text, flush=True)
+    except OSError as failure:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush it once more
+        if not isinstance(failure, BrokenPipeError):
+            error = error or InputError(f"stdout: cannot be written ({failure.strerror}); send it elsewhere")
+    if error:
+        print(f"compare_runs.py: {error}", file=sys.stderr)
+    return 2 if error else 0
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ def test_mean_and_sample_sd_by_hand():
     """1, 2, 3, 4: mean 2.5, sum of squares 5, over n - 1 = 3."""
     assert cr.mean([1, 2, 3, 4]) == 2.5
     assert cr.sample_sd([1, 2, 3, 4]) == math.sqrt(5 / 3)
+    assert cr.sample_sd([0.1] * 7) == 0  # though seven times 0.1, divided by seven, may round away from 0.1
 
 
 def test_one_sample_by_hand():
@@ -578,6 +579,17 @@ def test_mixed_target_is_no_matter_if_one_is_given(tmp_path):
     assert cr.main([str(base), str(new), "--target", "3.3"]) == 0
 
 
+def test_incomplete_run_joins_the_group_it_fits(arms):
+    """A truncated log says less; it is listed with the runs that it does not contradict."""
+    base, _ = arms
+    (base / "x.txt").write_text(our_log(3.29, 1015, seed=20, **MIXES["source"]))
+    (base / "y.txt").write_text(our_log(3.28, 1016, seed=21, status=None, stop=15, **MIXES["source"]))
+    result = run_script(base)
+    assert result.returncode == 2
+    assert "4 + 2 runs that differ in source cannot be one arm" in result.stderr
+    assert result.stdout.index("group 2") < result.stdout.index("y.txt")
+
+
 def test_remedy_of_a_mixed_arm_works(arms, capsys):
     """The argument that the refusal names selects the group."""
     base, _ = arms
@@ -670,9 +682,10 @@ def test_odd_file_names_stay_on_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "BASELINE"),
+        ([], "required: BASELINE; see compare_runs.py --help"),
         (["--frob"], "BASELINE"),
         (["no/such/folder"], "no such file or folder"),
+        ([""], "empty name: no such file or folder"),
         (["no/such/*.txt"], "no such file or folder"),
         (["BASE", "--target", "low"], "must be a finite positive loss"),
         (["BASE", "--target", "nan"], "must be a finite positive loss"),
@@ -730,6 +743,17 @@ def test_closed_pipe_is_silent(arms):
     command = f"'{sys.executable}' '{SCRIPT}' '{arms[0]}' '{arms[1]}' | head -0"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert result.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk_is_one_line(arms):
+    """Output that cannot be written is an error that says so."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(SCRIPT), str(arms[0])]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.startswith("compare_runs.py: stdout: cannot be written")
+    assert result.stderr.count("\n") == 1
 
 
 def test_ascii_terminal(arms):
