@@ -21,7 +21,6 @@ import vocab
 from shards import (
     HEADER_BYTES,
     MANIFEST_FORMAT,
-    TOKEN_BYTES_FILE,
     Parser,
     UserError,
     is_complete,
@@ -31,9 +30,9 @@ from shards import (
     run_main,
     sha256_file,
     split_row,
-    token_bytes_content,
-    write_atomically,
+    summary,
     write_manifest,
+    write_tokenizer,
 )
 from tqdm import tqdm
 
@@ -95,78 +94,45 @@ def shard_row(
         part = tokens[start : start + CHUNK_TOKENS]
         if part.max() >= len(token_bytes):
             raise UserError(
-                f"{path}: token {part.max()}, not in GPT-2's {len(token_bytes):,}; another tokenizer's?"
+                f"{path}: token {part.max()} is not one of GPT-2's {len(token_bytes):,}; remove it"
             )
         num_documents += int(np.count_nonzero(part == vocab.GPT2_BOS))
         num_bytes += int(token_bytes[part].sum(dtype=np.int64))
         progress(part.nbytes)
     if num_documents == 0:
-        raise UserError(f"{path}: no document begins in it (token {vocab.GPT2_BOS}); another tokenizer's?")
+        raise UserError(f"{path}: no document begins in it (token {vocab.GPT2_BOS}); remove it")
     row = {"file": path.name, "tokens": len(tokens), "documents": num_documents, "bytes": num_bytes}
     return {**row, "sha256": sha256_file(path)}
 
 
 def write_index(
-    folder: Path,
-    names: list[str],
-    gpt2_folder: Path | None,
-    origin: str | None,
-    license: str | None,
-    known: dict[str, str],  # SHA-256 by name where it was computed already
-) -> dict:
+    folder: Path, names: list[str], gpt2_folder: Path | None, origin: str | None, license: str | None
+) -> None:
     """Count the shards and write the folder's manifest."""
     tokenizer = vocab.Gpt2(vocab.gpt2_files(gpt2_folder))
     total = sum((folder / name).stat().st_size for name in names)
-    workers = min(4, os.cpu_count() or 1)  # numpy and hashlib let go of the interpreter
-    with (
-        tqdm(
-            desc="counting", total=total, unit="B", unit_scale=True, delay=1, disable=None, leave=False
-        ) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    workers = min(4, os.cpu_count() or 1)  # threads: numpy and hashlib let go of the interpreter
+    bar = tqdm(desc="counting", total=total, unit="B", unit_scale=True, delay=1, disable=None, leave=False)
+    with bar, ThreadPoolExecutor(workers) as pool:
         rows = list(pool.map(lambda n: shard_row(folder / n, tokenizer.token_bytes, bar.update), names))
+    splits, sources = {}, []
+    for side in ("train", "val"):
+        splits[side] = split_row([row for row in rows if f"_{side}_" in row["file"]])
     for row in rows:
-        if known.get(row["file"], row["sha256"]) != row["sha256"]:
-            raise UserError(f"{folder / row['file']}: changed while it was read; run again")
-    splits = {
-        side: split_row([row for row in rows if f"_{side}_" in row["file"]]) for side in ("train", "val")
-    }
-    files = []
-    for file, content in tokenizer.files.items():
-        files.append({"file": file, "sha256": write_atomically(folder / file, content)})
-    content = token_bytes_content(tokenizer.token_bytes)
+        size = HEADER_BYTES + 2 * row["tokens"]
+        about = {"license": license, "origin": origin}
+        sources.append({"name": row["file"], "bytes": size, "sha256": row["sha256"], **about})
     manifest = {
         "format": MANIFEST_FORMAT,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "files": files,
-        },
-        "token_bytes": {
-            "file": TOKEN_BYTES_FILE,
-            "sha256": write_atomically(folder / TOKEN_BYTES_FILE, content),
-            "exact": True,
-        },
+        **write_tokenizer(folder, tokenizer, exact=True),
         "splits": splits,
-        "sources": [
-            {
-                "name": row["file"],
-                "bytes": HEADER_BYTES + 2 * row["tokens"],
-                "sha256": row["sha256"],
-                "license": license,
-                "origin": origin,
-            }
-            for row in rows
-        ],
+        "sources": sources,
         "val_rule": {"kind": "files"},
     }
     write_manifest(folder, manifest)
-    return manifest
 
 
-def index(folder: Path, gpt2_folder: Path | None) -> dict:
+def index(folder: Path, gpt2_folder: Path | None) -> None:
     """A manifest for a folder of GPT-2 token shards."""
     if not folder.is_dir():
         raise UserError(f"--index {folder}: no such folder; name the one that holds the shards")
@@ -175,7 +141,9 @@ def index(folder: Path, gpt2_folder: Path | None) -> dict:
         if not any(f"_{side}_" in name for name in names):
             raise UserError(f"--index {folder}: no shard named *_{side}_*.bin in it; both sides are needed")
     with lock_folder(folder):
-        return write_index(folder, names, gpt2_folder, origin=None, license=None, known={})
+        if "request" in (read_manifest(folder) or {}):
+            raise UserError(f"--index {folder}: prepare.py gave it a manifest; nothing is left to do")
+        write_index(folder, names, gpt2_folder, origin=None, license=None)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -184,86 +152,81 @@ def index(folder: Path, gpt2_folder: Path | None) -> dict:
 
 
 def fetch(num_train: int, folder: Path, gpt2_folder: Path | None) -> bool:
-    """Validation and the first `num_train` training shards into `folder`. Returns whether anything was done."""
+    """Validation and the first `num_train` training shards. Returns whether anything was done."""
     names = shard_names(num_train)
-    if _has(folder, names):
+    if has_shards(folder, names):
         return False
     with lock_folder(folder, lambda: print(f"waiting for another run that writes {folder}", flush=True)):
-        if _has(folder, names):
+        if has_shards(folder, names):
             return False
-        old = read_manifest(folder)
-        recorded = {row["file"]: row["sha256"] for row in _rows(old)}
-        vocab.gpt2_files(gpt2_folder)  # fails early where the vocabulary cannot be had
-        checksums = _ask_hub(names, folder)
-        known: dict[str, str] = {}
+        vocab.gpt2_files(gpt2_folder)  # fails before the long fetch where the vocabulary cannot be had
+        checksums = ask_hub(names, folder)
         for i, name in enumerate(names):
-            known[name] = _one(name, f"{i + 1}/{len(names)}", folder, checksums.get(name))
-        # Shards that were there before, beyond those asked for, stay listed.
-        names += [name for name in recorded if name not in names and (folder / name).is_file()]
-        write_index(folder, sorted(names), gpt2_folder, ORIGIN, LICENSE, known)
+            fetch_one(name, f"{i + 1}/{len(names)}", folder, checksums.get(name))
+        # Shards of an earlier, larger fetch stay listed.
+        earlier = [name for name in listed_shards(folder) if (folder / name).is_file()]
+        write_index(folder, sorted({*names, *earlier}), gpt2_folder, ORIGIN, LICENSE)
     return True
 
 
-def _rows(manifest: dict | None) -> list[dict]:
-    return [row for split in manifest["splits"].values() for row in split["shards"]] if manifest else []
-
-
-def _has(folder: Path, names: list[str]) -> bool:
+def listed_shards(folder: Path) -> list[str]:
+    """Names of the shards in the folder's manifest."""
     manifest = read_manifest(folder)
     return (
-        manifest is not None
-        and set(names) <= {row["file"] for row in _rows(manifest)}
-        and is_complete(folder, manifest)
+        [row["file"] for split in manifest["splits"].values() for row in split["shards"]] if manifest else []
     )
 
 
-def _ask_hub(names: list[str], folder: Path) -> dict[str, str | None]:
+def has_shards(folder: Path, names: list[str]) -> bool:
+    """Whether the folder is complete and lists `names`."""
+    manifest = read_manifest(folder)
+    return manifest is not None and set(names) <= set(listed_shards(folder)) and is_complete(folder, manifest)
+
+
+def ask_hub(names: list[str], folder: Path) -> dict[str, str | None]:
+    """The hub's checksums; without network none, which only matters where a shard is missing."""
     try:
         return hub_checksums(names)
-    except Exception as error:  # the library raises errors of three HTTP stacks
+    except Exception as error:  # the library raises the errors of its HTTP stack, which changes
         missing = [name for name in names if not (folder / name).is_file()]
-        if not missing:
-            print("the hub is out of reach: shards are checked by header and size alone")
-            return {}
-        raise _hub_error(
-            f"{len(missing)} of {len(names)} shards ({missing[0]}, ...)", folder, error
-        ) from None
+        if missing:
+            raise hub_error(f"{missing[0]} ({len(missing)} shards in all)", folder, error) from None
+    print("the hub is out of reach: the shards that are there are checked by header and size alone")
+    return {}
 
 
-def _hub_error(what: str, folder: Path, error: Exception) -> UserError:
+def hub_error(what: str, folder: Path, error: Exception) -> UserError:
+    """What failed, why, what to do."""
+    reason = f"{type(error).__name__}: {error}"
     return UserError(
-        f"{what}: could not be fetched from {REPO} on the Hugging Face hub ({type(error).__name__}: {error}); check "
-        f"the network, or copy the shards to {folder} and run --index {folder}; `prepare.py --default` needs no hub"
+        f"{what}: could not be fetched from the Hugging Face data set {REPO} ({reason}); check the network, "
+        f"or copy the shards to {folder} and run --index {folder}, or train on `prepare.py --default`"
     )
 
 
-def _one(name: str, progress: str, folder: Path, checksum: str | None) -> str:
-    """One shard, kept if it is right, else fetched. Returns its SHA-256."""
+def fetch_one(name: str, progress: str, folder: Path, checksum: str | None) -> None:
+    """One shard: kept if it is right, else fetched."""
     path = folder / name
-    if path.is_file():
-        fault = _fault(path, checksum)
-        if fault is None:
-            print(f"[{progress}] {name} is there", flush=True)
-            return sha256_file(path)
-        print(f"[{progress}] {name} is fetched again: {fault}", flush=True)
-        path.unlink()
-    else:
-        print(f"[{progress}] {name}", flush=True)
+    fault = find_fault(path, checksum) if path.is_file() else ""
+    if fault is None:
+        print(f"[{progress}] {name} is there", flush=True)
+        return
+    print(f"[{progress}] {name}" + (f" is fetched again: {fault}" if fault else ""), flush=True)
+    path.unlink(missing_ok=True)
     try:
         hub_fetch(name, folder)
     except Exception as error:
-        raise _hub_error(name, folder, error) from None
-    if fault := _fault(path, checksum):
+        raise hub_error(name, folder, error) from None
+    if fault := find_fault(path, checksum):
         path.unlink(missing_ok=True)
         raise UserError(f"{name}: what the hub sent is not right ({fault}); it was removed, run again")
-    return sha256_file(path)
 
 
-def _fault(path: Path, checksum: str | None) -> str | None:
+def find_fault(path: Path, checksum: str | None) -> str | None:
     """What is wrong with a shard, or None."""
     try:
         read_shard(path)
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:
         return str(error)
     if checksum is not None and (found := sha256_file(path)) != checksum:
         return f"SHA-256 {found}, the hub says {checksum}"
@@ -275,24 +238,13 @@ def _fault(path: Path, checksum: str | None) -> str | None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def summary(folder: Path) -> str:
-    """What a folder holds."""
-    lines = []
-    for side, row in read_manifest(folder)["splits"].items():
-        lines.append(
-            f"{side:5} {row['tokens']:>14,} tokens {row['documents']:>11,} documents {row['bytes']:>15,} bytes "
-            f"{row['bytes'] / row['tokens']:6.3f} bytes/token {len(row['shards']):>4} shards"
-        )
-    return "\n".join([*lines, f"{folder}: complete"])
-
-
 def parser() -> Parser:
     """The command line."""
     p = Parser(
         prog="python data/fineweb.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 done or up to date; 2 wrong input or no network, said in one line; 130 interrupted.",
+        epilog="Exit codes: 0 done or up to date; 2 wrong input or no network, in one line; 130 interrupted.",
     )
     p.add_argument(
         "num_train",
@@ -306,7 +258,7 @@ def parser() -> Parser:
         "--index",
         type=Path,
         metavar="DIR",
-        help="fetch nothing; check and count the GPT-2 shards (*_train_*.bin, *_val_*.bin) in DIR, write its manifest",
+        help="fetch nothing; check the GPT-2 shards (*_train_*.bin, *_val_*.bin) in DIR, write its manifest",
     )
     p.add_argument(
         "--gpt2-files",

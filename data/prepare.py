@@ -43,10 +43,10 @@ from shards import (
     read_manifest,
     run_main,
     sha256_file,
-    token_bytes_content,
-    write_atomically,
+    summary,
     write_journal,
     write_manifest,
+    write_tokenizer,
 )
 from tqdm import tqdm
 
@@ -460,24 +460,9 @@ def publish(
     (job.out / MANIFEST).unlink(missing_ok=True)
     for name in replaced:
         (job.out / name).unlink(missing_ok=True)
-    token_bytes = token_bytes_content(tokenizer.token_bytes)
-    files = []
-    for file, content in tokenizer.files.items():
-        files.append({"file": file, "sha256": write_atomically(job.out / file, content)})
     manifest = {
         "format": MANIFEST_FORMAT,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "files": files,
-        },
-        "token_bytes": {
-            "file": TOKEN_BYTES_FILE,
-            "sha256": write_atomically(job.out / TOKEN_BYTES_FILE, token_bytes),
-            "exact": exact,
-        },
+        **write_tokenizer(job.out, tokenizer, exact),
         "splits": {side: writers[side].totals() for side in ("train", "val")},
         "sources": [job.default["source"]] if job.default else source_rows(job),
         "val_rule": job.default["val_rule"] if job.default else split.rule(),
@@ -486,11 +471,6 @@ def publish(
         "bytes_removed_from_train": split.bytes_removed,
         "request": request,
     }
-    if not exact:
-        manifest["token_bytes"]["note"] = (
-            "This model changes text or adds to it, so token bytes do not sum to the documents' bytes: "
-            "for bits a byte, use the bytes of the whole split."
-        )
     for writer in writers.values():
         writer.publish()
     write_manifest(job.out, manifest)
@@ -500,24 +480,6 @@ def source_rows(job: Job) -> list[dict]:
     """The manifest's `sources`, each with the side that it went to."""
     train = [{**source.row(), "split": "train" if job.val is not None else "both"} for source in job.train]
     return train + [{**source.row(), "split": "val"} for source in job.val or []]
-
-
-def summary(out: Path) -> str:
-    """What a prepared folder holds, in three lines."""
-    manifest = read_manifest(out)
-    lines = []
-    for side, row in manifest["splits"].items():
-        lines.append(
-            f"{side:5} {row['tokens']:>13,} tokens {row['documents']:>10,} documents {row['bytes']:>14,} bytes "
-            f"{row['bytes'] / row['tokens']:6.3f} bytes/token {len(row['shards']):>4} shards"
-        )
-    tokenizer = manifest["tokenizer"]
-    lines.append(f"{out}: tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocab_size']:,}")
-    removed = manifest.get("documents_removed_from_train", 0)
-    empty = manifest.get("documents_empty", 0)
-    if removed or empty:
-        lines.append(f"left out: {removed:,} training documents also in validation, {empty:,} without text")
-    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -315,11 +315,29 @@ def split_row(rows: list[dict]) -> dict:
     }
 
 
-def token_bytes_content(token_bytes: np.ndarray) -> bytes:
-    """The bytes of `token_bytes.npy` (uint16 [vocab])."""
+def write_tokenizer(
+    folder: Path,
+    tokenizer,  # one of vocab.py's
+    exact: bool,  # whether the token bytes of every document sum to its bytes
+) -> dict:
+    """Write the tokenizer's files and token_bytes.npy (uint16 [vocab]). Returns their manifest entries."""
+    files = []
+    for name, content in tokenizer.files.items():
+        files.append({"file": name, "sha256": write_atomically(folder / name, content)})
     buffer = io.BytesIO()
-    np.save(buffer, token_bytes.astype("<u2"), allow_pickle=False)
-    return buffer.getvalue()
+    np.save(buffer, tokenizer.token_bytes.astype("<u2"), allow_pickle=False)
+    sha256 = write_atomically(folder / TOKEN_BYTES_FILE, buffer.getvalue())
+    token_bytes = {"file": TOKEN_BYTES_FILE, "sha256": sha256, "exact": exact}
+    if not exact:
+        token_bytes["note"] = (
+            "This model changes text or adds to it, so token bytes do not sum to the documents' bytes: "
+            "for bits a byte, use the bytes of the whole split."
+        )
+    keys = ("kind", "name", "vocab_size", "bos_id")
+    return {
+        "tokenizer": {**{key: getattr(tokenizer, key) for key in keys}, "files": files},
+        "token_bytes": token_bytes,
+    }
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -355,3 +373,20 @@ def is_complete(folder: Path, manifest: dict) -> bool:
         return all((folder / name).is_file() for name in listed_files(manifest))
     except (OSError, KeyError, TypeError):
         return False
+
+
+def summary(folder: Path) -> str:
+    """What a complete folder holds, for people."""
+    manifest = read_manifest(folder)
+    lines = []
+    for side, row in manifest["splits"].items():
+        ratio = row["bytes"] / row["tokens"]
+        counts = f"{row['tokens']:>14,} tokens {row['documents']:>11,} documents {row['bytes']:>15,} bytes"
+        lines.append(f"{side:5} {counts} {ratio:6.3f} bytes/token {len(row['shards']):>4} shards")
+    tokenizer = manifest["tokenizer"]
+    lines.append(f"{folder}: tokenizer {tokenizer['name']}, vocabulary {tokenizer['vocab_size']:,}")
+    removed = manifest.get("documents_removed_from_train", 0)
+    empty = manifest.get("documents_empty", 0)
+    if removed or empty:
+        lines.append(f"left out: {removed:,} training documents also in validation, {empty:,} without text")
+    return "\n".join(lines)
