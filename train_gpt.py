@@ -193,14 +193,14 @@ SPRINT = dataclasses.replace(
 TINY = Recipe(
     name="tiny", layers=TINY_LAYERS, model_dim=128, num_heads=4, head_dim=32, hidden_dim=512,
     stages=(
-        Stage(45, 3072, 32,  96,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
-        Stage(45, 6144, 64,  160, 1.52, ((1, 1), (0.5, 0))),
-        Stage(45, 9216, 96,  224, 1.73),
-        Stage(5,  9216, 128, 256, 1.73),
+        Stage(40, 2304, 32,  96,  1.00, ((1, 1), (0.5, 0.5), (0.25, 0))),
+        Stage(40, 4608, 64,  160, 1.52, ((1, 1), (0.5, 0))),
+        Stage(40, 6912, 96,  224, 1.73),
+        Stage(5,  6912, 128, 256, 1.73),
     ),
-    momentum=((0, 0.85), (25, 0.95), (130, 0.95), (140, 0.85)),
-    slots=12, micro_tokens=9216, max_seq_len=768,
-    val_tokens=65536, val_slot=2048, val_windows=(128, 384), val_every=20,
+    momentum=((0, 0.85), (25, 0.95), (115, 0.95), (125, 0.85)),
+    slots=12, micro_tokens=8192, max_seq_len=768,
+    val_tokens=65536, val_slot=2048, val_windows=(128, 384), val_every=25,
     target=4.0, fp8_head=False, cpu_compile=False,
 )
 RECIPES = {recipe.name: recipe for recipe in (TINY, SPRINT, SHORT)}
