@@ -128,14 +128,25 @@ def xxt_ref(x_MNK: Tensor) -> Tensor:
 
 
 @jit
-def _store_symmetric(c_ptr, acc, rows, cols, N):
+def _store_symmetric(c_ptr, acc, m0, n0, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Store a block and its mirror image; of a block on the diagonal, the lower half twice.
+
+    Both halves of a diagonal block are computed, and their roundings may differ: storing
+    both would be a race.
+    """
     tile = acc.to(c_ptr.dtype.element_ty)
-    row_ok = rows < N
-    col_ok = cols < N
-    tl.store(c_ptr + rows[:, None] * N + cols[None, :], tile, mask=row_ok[:, None] & col_ok[None, :])
-    tl.store(
-        c_ptr + cols[:, None] * N + rows[None, :], tl.trans(tile), mask=col_ok[:, None] & row_ok[None, :]
-    )
+    rows = m0 + tl.arange(0, BM)
+    cols = n0 + tl.arange(0, BN)
+    inside = (rows < N)[:, None] & (cols < N)[None, :]
+    inside_t = (cols < N)[:, None] & (rows < N)[None, :]
+    c_ptrs = c_ptr + rows[:, None] * N + cols[None, :]
+    c_ptrs_t = c_ptr + cols[:, None] * N + rows[None, :]
+    if m0 >= n0 + BN:
+        tl.store(c_ptrs, tile, mask=inside)
+        tl.store(c_ptrs_t, tl.trans(tile), mask=inside_t)
+    else:  # a mask that varies inside a vector of columns costs single stores, so only here
+        tl.store(c_ptrs, tile, mask=inside & (rows[:, None] >= cols[None, :]))
+        tl.store(c_ptrs_t, tl.trans(tile), mask=inside_t & (cols[:, None] < rows[None, :]))
 
 
 @jit
@@ -160,13 +171,11 @@ def _xxt_kernel(
     matrix = tl.program_id(1).to(tl.int64)
     x_ptr += matrix * stride_m
     c_ptr += matrix * N * N
-    rows = m0 + tl.arange(0, BM)
-    cols = n0 + tl.arange(0, BN)
     # Rows beyond N read row N - 1 and are not stored: cheaper than a mask in the loop.
-    rows_in = tl.minimum(rows, N - 1)
-    cols_in = tl.minimum(cols, N - 1)
+    rows_in = tl.minimum(m0 + tl.arange(0, BM), N - 1)
+    cols_in = tl.minimum(n0 + tl.arange(0, BN), N - 1)
     acc = _dot_rows(x_ptr, x_ptr, rows_in, cols_in, stride_n, stride_n, K, BM, BN, BK, EVEN_K)
-    _store_symmetric(c_ptr, acc, rows, cols, N)
+    _store_symmetric(c_ptr, acc, m0, n0, N, BM, BN)
 
 
 @torch.library.custom_op("splits::xxt", mutates_args=())
@@ -225,13 +234,12 @@ def _ba_plus_caa_kernel(
     matrix = tl.program_id(1).to(tl.int64)
     a_ptr += matrix * stride_m
     c_ptr += matrix * N * N
-    rows = m0 + tl.arange(0, BM)
-    cols = n0 + tl.arange(0, BN)
-    rows_in = tl.minimum(rows, N - 1)
-    cols_in = tl.minimum(cols, N - 1)
+    rows_in = tl.minimum(m0 + tl.arange(0, BM), N - 1)
+    cols_in = tl.minimum(n0 + tl.arange(0, BN), N - 1)
     acc = _dot_rows(a_ptr, a_ptr, rows_in, cols_in, stride_n, stride_n, N, BM, BN, BK, EVEN_K)
+    cols = n0 + tl.arange(0, BN)
     a = tl.load(a_ptr + rows_in[:, None] * stride_n + cols[None, :], mask=cols[None, :] < N, other=0.0)
-    _store_symmetric(c_ptr, alpha * acc + beta * a.to(tl.float32), rows, cols, N)
+    _store_symmetric(c_ptr, alpha * acc + beta * a.to(tl.float32), m0, n0, N, BM, BN)
 
 
 @torch.library.custom_op("splits::ba_plus_caa", mutates_args=())
@@ -978,11 +986,13 @@ def _fa4_options(cu_seqlens, max_seqlen: int, window: int, scale: float) -> dict
 
 
 def _fa4_forward(q_NHK, k_NHK, v_NHK, *arguments):
-    return _fa4()[0](q_NHK, k_NHK, v_NHK, return_lse=True, **_fa4_options(*arguments))[:2]
+    qkv = (x.detach() for x in (q_NHK, k_NHK, v_NHK))  # DLPack refuses tensors that require gradients
+    return _fa4()[0](*qkv, return_lse=True, **_fa4_options(*arguments))[:2]
 
 
 def _fa4_backward(dy_NHK, q_NHK, k_NHK, v_NHK, y_NHK, lse_HN, *arguments):
-    return _fa4()[1](q_NHK, k_NHK, v_NHK, y_NHK, dy_NHK, lse_HN, **_fa4_options(*arguments))[:3]
+    tensors = (x.detach() for x in (q_NHK, k_NHK, v_NHK, y_NHK, dy_NHK, lse_HN))
+    return _fa4()[1](*tensors, **_fa4_options(*arguments))[:3]
 
 
 def _register_attention(name: str, forward: Callable, backward: Callable) -> Callable:
@@ -1114,9 +1124,16 @@ def _wide(inputs: tuple[Tensor, ...], dtype: torch.dtype = torch.float64) -> tup
 
 
 def _train_call(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Forward and backward with a constant upstream gradient, allocated once."""
-    dy = torch.ones_like(op(*inputs))
-    return lambda: torch.autograd.grad(op(*inputs), inputs, dy)
+    """Forward and backward with a constant upstream gradient, allocated at the first call."""
+    upstream: list[Tensor] = []
+
+    def call() -> tuple[Tensor, ...]:
+        y = op(*inputs)
+        if not upstream:
+            upstream.append(torch.ones_like(y))
+        return torch.autograd.grad(y, inputs, upstream[0])
+
+    return call
 
 
 def _bank_cases(m: int, n: int, k: int) -> list[Case]:
