@@ -342,7 +342,7 @@ def build_tokenizer(job: Job, split: Split) -> vocab.Tokenizer:
     if not sample:
         raise UserError(f"--tokenizer {choice}: the inputs hold no training text; name files with text")
     model = vocab.train_sentencepiece(sample, size)
-    return vocab.SentencePiece(f"sp{size}", f"sp{size}.model", model)
+    return vocab.SentencePiece(f"sp{size}", f"sp{size}.model", model, exact=True)
 
 
 class Sample:

@@ -239,7 +239,7 @@ class ShardWriter:
         while first < len(ends):
             room = self.shard_tokens - (self._tokens if self._file else 0)
             last = int(np.searchsorted(ends, start + room, side="right"))  # documents [first, last) fit
-            if last == first:
+            if last <= first:  # less: the open shard holds one document that is longer than a shard
                 if self._file:
                     self._close_shard()
                     continue

@@ -97,21 +97,22 @@ def _gpt2_ranks(encoder: bytes) -> dict[bytes, int]:
 
 
 class SentencePiece:
-    """A SentencePiece model; `exact` says whether it was trained here (see the module's docstring)."""
+    """A SentencePiece model; `exact`: trained here, so that every text survives (the module's docstring)."""
 
     kind = "sentencepiece"
 
-    def __init__(self, name: str, file: str, model: bytes):
+    def __init__(self, name: str, file: str, model: bytes, exact: bool = False):
         import sentencepiece
 
-        self.name, self.files = name, {file: model}
+        self.name, self.files, self.exact = name, {file: model}, exact
         try:
+            if not model:  # the library takes an empty model, and complains later on stderr
+                raise ValueError
             self.processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.vocab_size = p.vocab_size()
         except (RuntimeError, OSError, ValueError):
-            self.vocab_size = 0
-        if self.vocab_size <= 0:
-            raise UserError(f"{file}: not a readable SentencePiece model; give a .model that spm_train wrote")
+            rule = "not a readable SentencePiece model; give a .model that spm_train wrote"
+            raise UserError(f"{file}: {rule}") from None
+        self.vocab_size = p.vocab_size()
         if self.vocab_size > MAX_VOCAB:
             raise UserError(f"{file}: vocabulary {self.vocab_size:,}; at most {MAX_VOCAB:,} fit uint16")
         self.bos_id = p.bos_id()

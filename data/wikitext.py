@@ -181,9 +181,10 @@ def documents(title: str, paragraphs: list[str]) -> list[str]:
     for paragraph in paragraphs:
         while len(paragraph) > MAX_DOC_CHARS:
             ends = [match.end() for match in re.finditer(SENTENCE_END + r" (?=[A-Z\"'(])", paragraph)]
-            cut = max((end for end in ends if end <= MAX_DOC_CHARS), default=MAX_DOC_CHARS)
+            space = paragraph.rfind(" ", 0, MAX_DOC_CHARS)  # a sentence that long is cut between words
+            cut = max((end for end in ends if end <= MAX_DOC_CHARS), default=max(space, 0)) or MAX_DOC_CHARS
             pieces.append(paragraph[:cut].rstrip())
-            paragraph = paragraph[cut:]
+            paragraph = paragraph[cut:].lstrip()
         pieces.append(paragraph)
     made: list[str] = []
     document, target = "", 0.0
