@@ -54,7 +54,7 @@ DROPPED_LINKS = re.compile(
     r"\s*:?\s*(file|image|media|category|wikipedia|portal|template|[a-z]{2,3}(-[a-z]+)*)\s*:", re.I
 )
 DROPPED_TAGS = (
-    "ref|math|gallery|timeline|source|syntaxhighlight|code|pre|imagemap|score|chem|table|poem|hiero|sub|sup"
+    "ref|math|gallery|timeline|source|syntaxhighlight|code|pre|imagemap|score|chem|table|poem|hiero"
 )
 BARE_TEMPLATES = frozenset("quote|nowrap|nobr|blockquote|cquote|small|abbr|sic|nobold|lang-en".split("|"))
 HOLE_TEMPLATES = frozenset("val|frac|sfrac|math|mvar|su|sub|sup|chem|formatnum|age|mono".split("|"))
@@ -83,6 +83,7 @@ def clean(wiki: str) -> list[str]:
     text = re.sub(r"<ref\b.*?</ref\s*>", "", text, flags=re.I | re.S)
     text = re.sub(rf"<({DROPPED_TAGS})\b[^>]*/>", "", text, flags=re.I)
     text = re.sub(rf"<({DROPPED_TAGS})\b.*?</\1\s*>", HOLE, text, flags=re.I | re.S)
+    text = re.sub(r"<sup>\s*([+\u2212\u2013-]?[\d.]+)\s*</sup>", r"^\1", text)  # 10^23, not 1023
     text = _innermost(r"\{\{([^{}]*)\}\}", _template, text)
     text = _innermost(r"\{\|(?:(?!\{\||\|\}).)*\|\}", lambda match: "\n", text)
     text = re.sub(r"\[(?:https?:|ftp:)?//[^\s\]]+\s*([^\]]*)\]", r"\1", text)
@@ -168,9 +169,12 @@ def _tidy(line: str) -> str:
     line = re.sub(r"([,;:])(?:\s*[,;:])+", r"\1", line)
     line = re.sub(r"\(\s+", "(", line)
     line = re.sub(r" {2,}", " ", line).strip()
-    is_sentence = re.search(SENTENCE_END + "$", line)
-    has_debris = re.search(r"[{}|<>\ufffc\u2191\\]|\[\[|\]\]|==|https?:|www\.|__[A-Z]+__|\bthumb\b", line)
-    has_gap = re.search(r"\b(is|of|the|a|an|by|to|in|about|than)[,.;)]", line)  # a word went missing
+    first = line.lstrip("\"'([\u201c\u2018 ")[:1]
+    is_sentence = re.search(SENTENCE_END + "$", line) and (first.isupper() or first.isdigit())
+    has_debris = re.search(
+        r"[{}|<>\ufffc\u2191\\]|\[\[|\]\]|==|https?:|www\.|__[A-Z]+__|\bthumb\b|Talk:", line
+    )
+    has_gap = re.search(r"\b(is|of|the|a|an|by|to|in|about|than)[,.;)]|\$ ", line)  # a word went missing
     return line if is_sentence and not has_debris and not has_gap and len(line) >= MIN_PARAGRAPH_CHARS else ""
 
 
