@@ -1014,8 +1014,8 @@ def normuon_step(
     Source: arXiv 2510.05491; polar step arXiv 2505.16932; cautious decay arXiv 2510.12402.
     """
     g = grad_MRC.float()
-    momentum_MRC.lerp_(g, 1 - mu)
-    o = polar_express(g.lerp(momentum_MRC, mu), p_MRC.dtype).float()
+    momentum_MRC.copy_(mu * momentum_MRC + (1 - mu) * g)
+    o = polar_express((1 - mu) * g + mu * momentum_MRC, p_MRC.dtype).float()
     dim = -1 if o.shape[-2] >= o.shape[-1] else -2
     # Each row is divided by its running RMS, then the matrix gets its Frobenius norm back.
     square = o.square().mean(dim=dim, keepdim=True)
@@ -1042,14 +1042,14 @@ def adam_step(
     v: Tensor,  # float32 state
     step_size: Tensor,  # 0-D: learning rate times the bias correction
     decay: Tensor,  # 0-D: weight decay times the squared learning rate
-    beta1: float,
-    beta2: float,
+    beta1: Tensor,  # 0-D CPU float32, like all values that differ between parameters: one graph does for them
+    beta2: Tensor,
     eps: float,
 ) -> None:
     """One Adam update with cautious decoupled decay. Source: arXiv 1412.6980; decay arXiv 2510.12402."""
     g, p32 = grad.float(), p.float()
-    m.lerp_(g, 1 - beta1)
-    v.lerp_(g.square(), 1 - beta2)
+    m.copy_(beta1 * m + (1 - beta1) * g)
+    v.copy_(beta2 * v + (1 - beta2) * g.square())
     u = step_size * m / (v.sqrt() + eps)
     p.copy_(p32 - (u + decay * p32 * (u * p32 > 0)))
 
@@ -1200,7 +1200,7 @@ class NorMuonAndAdam:
             step_size = torch.tensor(lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
             decay = torch.tensor(lr * lr * r.adam_wd * row.wd_mul)
             flat = [x.view(-1) for x in (mine, grad, state["m"], state["v"])]
-            self._adam_step(*flat, step_size, decay, beta1, beta2, r.adam_eps)
+            self._adam_step(*flat, step_size, decay, *map(torch.tensor, row.betas), r.adam_eps)
         return shard.gather(mine, shard.full)
 
     def _untie(self) -> None:
