@@ -286,34 +286,38 @@ def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
 
 
 @jit
-def _relu2_forward_kernel(
-    x_ptr,  # (N, K), last stride 1
-    w_ptr,  # (F, K), last stride 1
-    post_ptr,  # (N, F) contiguous
-    N,
-    F_,
-    K,
-    stride_x,
-    stride_w,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """post = relu(x w^T)^2, the square of the float32 accumulator, rounded once."""
+def _block_of_rows(
+    a_ptr, w_ptr, N, F_, K, stride_a, stride_w,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """This program's block of a w^T, its first row, its offsets from there in an (N, F) tensor, its mask."""
     blocks_f = tl.cdiv(F_, BN)
-    first = (tl.program_id(0) // blocks_f * BM).to(tl.int64)
+    first = (tl.program_id(0) // blocks_f * BM).to(tl.int64)  # offsets of whole tensors may exceed 2^31
     rows = tl.arange(0, BM)
     cols = tl.program_id(0) % blocks_f * BN + tl.arange(0, BN)
     rows_left = (N - first).to(tl.int32)
     rows_in = tl.minimum(rows, rows_left - 1)
     cols_in = tl.minimum(cols, F_ - 1)
-    x_ptr += first * stride_x
-    post_ptr += first * F_
-    acc = _dot_rows(x_ptr, w_ptr, rows_in, cols_in, stride_x, stride_w, K, BM, BN, BK, EVEN_K)
-    acc = tl.maximum(acc, 0.0)
+    a_ptr += first * stride_a
+    acc = _dot_rows(a_ptr, w_ptr, rows_in, cols_in, stride_a, stride_w, K, BM, BN, BK, EVEN_K)
     inside = (rows < rows_left)[:, None] & (cols < F_)[None, :]
-    post_ptrs = post_ptr + rows[:, None] * F_ + cols[None, :]
+    return acc, first, rows[:, None] * F_ + cols[None, :], inside
+
+
+@jit
+def _relu2_forward_kernel(
+    x_ptr,  # (N, K), last stride 1
+    w_ptr,  # (F, K), last stride 1
+    post_ptr,  # (N, F) contiguous
+    N, F_, K, stride_x, stride_w,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """post = relu(x w^T)^2, the square of the float32 accumulator, rounded once."""
+    acc, first, offsets, inside = _block_of_rows(
+        x_ptr, w_ptr, N, F_, K, stride_x, stride_w, BM, BN, BK, EVEN_K
+    )
+    acc = tl.maximum(acc, 0.0)
+    post_ptrs = post_ptr + first * F_ + offsets
     tl.store(post_ptrs, (acc * acc).to(post_ptr.dtype.element_ty), mask=inside)
 
 
@@ -323,42 +327,29 @@ def _relu2_backward_kernel(
     w_ptr,  # (F, K), last stride 1
     post_ptr,  # (N, F) contiguous
     dpre_ptr,  # (N, F) contiguous
-    N,
-    F_,
-    K,
-    stride_g,
-    stride_w,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    N, F_, K, stride_g, stride_w,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     """dpre = (g w^T) * 2 sqrt(post)."""
-    blocks_f = tl.cdiv(F_, BN)
-    first = (tl.program_id(0) // blocks_f * BM).to(tl.int64)
-    rows = tl.arange(0, BM)
-    cols = tl.program_id(0) % blocks_f * BN + tl.arange(0, BN)
-    rows_left = (N - first).to(tl.int32)
-    rows_in = tl.minimum(rows, rows_left - 1)
-    cols_in = tl.minimum(cols, F_ - 1)
-    g_ptr += first * stride_g
-    post_ptr += first * F_
-    dpre_ptr += first * F_
-    acc = _dot_rows(g_ptr, w_ptr, rows_in, cols_in, stride_g, stride_w, K, BM, BN, BK, EVEN_K)
-    inside = (rows < rows_left)[:, None] & (cols < F_)[None, :]
-    offsets = rows[:, None] * F_ + cols[None, :]
-    post = tl.load(post_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dpre_ptr + offsets, (acc * 2.0 * tl.sqrt(post)).to(dpre_ptr.dtype.element_ty), mask=inside)
+    acc, first, offsets, inside = _block_of_rows(
+        g_ptr, w_ptr, N, F_, K, stride_g, stride_w, BM, BN, BK, EVEN_K
+    )
+    post = tl.load(post_ptr + first * F_ + offsets, mask=inside, other=0.0).to(tl.float32)
+    dpre_ptrs = dpre_ptr + first * F_ + offsets
+    tl.store(dpre_ptrs, (acc * 2.0 * tl.sqrt(post)).to(dpre_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch_relu2(kernel, tile: Tile, a_NK: Tensor, w_FK: Tensor, *tensors_NF: Tensor) -> None:
+    (n, k), f = a_NK.shape, w_FK.shape[0]
+    grid = (_cdiv(n, tile.block_m) * _cdiv(f, tile.block_n),)
+    kernel[grid](a_NK, w_FK, *tensors_NF, n, f, k, a_NK.stride(0), w_FK.stride(0), **tile.launch(k))
 
 
 @torch.library.custom_op("splits::linear_relu2", mutates_args=())
 def _linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> tuple[Tensor, Tensor]:
     x_ND, w1_FD = _rows_contiguous(x_ND), _rows_contiguous(w1_FD)
-    (n, d), f, tile = x_ND.shape, w1_FD.shape[0], RELU2_FORWARD_TILE
-    post_NF = x_ND.new_empty(n, f)
-    grid = (_cdiv(n, tile.block_m) * _cdiv(f, tile.block_n),)
-    strides = x_ND.stride(0), w1_FD.stride(0)
-    _relu2_forward_kernel[grid](x_ND, w1_FD, post_NF, n, f, d, *strides, **tile.launch(d))
+    post_NF = x_ND.new_empty(x_ND.shape[0], w1_FD.shape[0])
+    _launch_relu2(_relu2_forward_kernel, RELU2_FORWARD_TILE, x_ND, w1_FD, post_NF)
     return post_NF @ w2_FD, post_NF
 
 
@@ -373,11 +364,8 @@ def _linear_relu2_backward(
     g_ND: Tensor, x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, post_NF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     g_ND, w2_FD = _rows_contiguous(g_ND), _rows_contiguous(w2_FD)
-    (n, d), f, tile = g_ND.shape, w2_FD.shape[0], RELU2_BACKWARD_TILE
     dpre_NF = torch.empty_like(post_NF)
-    grid = (_cdiv(n, tile.block_m) * _cdiv(f, tile.block_n),)
-    strides = g_ND.stride(0), w2_FD.stride(0)
-    _relu2_backward_kernel[grid](g_ND, w2_FD, post_NF, dpre_NF, n, f, d, *strides, **tile.launch(d))
+    _launch_relu2(_relu2_backward_kernel, RELU2_BACKWARD_TILE, g_ND, w2_FD, post_NF, dpre_NF)
     return dpre_NF @ w1_FD, dpre_NF.T @ x_ND, post_NF.T @ g_ND
 
 
@@ -559,27 +547,23 @@ def _(logits_NV, targets_N, weights_K, slot_len):
     return logits_NV.new_empty(n, dtype=torch.float32), logits_NV.new_empty(n, dtype=torch.float32)
 
 
+def _launch_ce_backward(
+    grad_N, lse_N, logits_NV, targets_N, weights_K, slot_len: int, out_NV: Tensor
+) -> None:
+    """Write the logits' gradient in the dtype of `out_NV`, which is contiguous."""
+    tensors = grad_N.contiguous(), lse_N, logits_NV, targets_N.contiguous(), weights_K, out_NV
+    (n, v), stride = logits_NV.shape, logits_NV.stride(0)
+    constants = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS)
+    _ce_backward_kernel[(n,)](*tensors, n, v, stride, slot_len, **constants)
+
+
 @torch.library.custom_op("splits::softcapped_cross_entropy_backward", mutates_args=())
 def _ce_backward(
     grad_N: Tensor, lse_N: Tensor, logits_NV: Tensor, targets_N: Tensor, weights_K: Tensor, slot_len: int
 ) -> Tensor:
-    logits_NV, targets_N = _rows_contiguous(logits_NV), targets_N.contiguous()
-    (n, v), stride = logits_NV.shape, logits_NV.stride(0)
-    dlogits_NV = logits_NV.new_empty(n, v)
-    constants = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS)
-    _ce_backward_kernel[(n,)](
-        grad_N.contiguous(),
-        lse_N,
-        logits_NV,
-        targets_N,
-        weights_K,
-        dlogits_NV,
-        n,
-        v,
-        stride,
-        slot_len,
-        **constants,
-    )
+    logits_NV = _rows_contiguous(logits_NV)
+    dlogits_NV = logits_NV.new_empty(logits_NV.shape)
+    _launch_ce_backward(grad_N, lse_N, logits_NV, targets_N, weights_K, slot_len, dlogits_NV)
     return dlogits_NV
 
 
@@ -783,7 +767,7 @@ def fp8_linear_t(
 # Traffic at D = 768, V = 50,304, bf16: add reads 155 MB and writes 77 MB, 54 us; copy 155 MB, 36 us. Both
 # sides of a tile are whole 128-byte lines. Eager kernels hold every SM for longer and starve NCCL (pull
 # request 233).
-TRANSPOSE_BLOCK, TRANSPOSE_WARPS = 64, 4
+TRANSPOSE_BYTES, TRANSPOSE_WARPS = 128, 4
 
 
 def transpose_add_ref(a_DV: Tensor, b_VD: Tensor) -> None:
@@ -825,8 +809,9 @@ def _launch_transpose(dst: Tensor, src: Tensor, is_add: bool) -> None:
     assert src.shape == (cols, rows), f"the transpose of {tuple(src.shape)} is not {tuple(dst.shape)}"
     assert dst.stride(1) == 1, "the destination is written in place, so its rows must be contiguous"
     src = _rows_contiguous(src)
-    grid = (_cdiv(rows, TRANSPOSE_BLOCK) * _cdiv(cols, TRANSPOSE_BLOCK),)
-    constants = {"IS_ADD": is_add, "BLOCK": TRANSPOSE_BLOCK, "num_warps": TRANSPOSE_WARPS}
+    block = TRANSPOSE_BYTES // dst.element_size()
+    grid = (_cdiv(rows, block) * _cdiv(cols, block),)
+    constants = {"IS_ADD": is_add, "BLOCK": block, "num_warps": TRANSPOSE_WARPS}
     _transpose_kernel[grid](dst, src, rows, cols, dst.stride(0), src.stride(0), **constants)
 
 
@@ -851,7 +836,79 @@ def transpose_copy(dst_VD: Tensor, src_DV: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. attention: causal, inside documents, at most `window` positions back
+# 9. fp8_head_loss: the FP8 head and its loss as one op, the logits' gradient never in bf16
+
+# Traffic of backward before the products at N = 49,152, V = 50,304: logits read 4.9 GB, the e5m2 gradient
+# written, read and written transposed 3 x 2.5 GB: 2.9 ms. Apart, families 4 and 6 move 19.8 GB: 4.6 ms.
+# Source: pull request 207.
+
+
+@torch.library.custom_op("splits::fp8_head_loss", mutates_args=())
+def _fp8_head_loss(
+    x_ND: Tensor, w_DV: Tensor, targets_N: Tensor, weights_K: Tensor, slot_len: int,
+    x_scale: float, w_scale: float, grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits_NV, x8_DN, w8_DV = _fp8_linear_t(x_ND, w_DV, x_scale, w_scale, grad_scale)
+    loss_N, lse_N = _ce(logits_NV, targets_N, weights_K, slot_len)
+    return loss_N, lse_N, logits_NV, x8_DN, w8_DV
+
+
+@_fp8_head_loss.register_fake
+def _(x_ND, w_DV, targets_N, weights_K, slot_len, x_scale, w_scale, grad_scale):
+    (n, d), v = x_ND.shape, w_DV.shape[1]
+    loss_N, lse_N = (x_ND.new_empty(n, dtype=torch.float32) for _ in range(2))
+    x8_DN, w8_DV = x_ND.new_empty(d, n, dtype=E4M3), w_DV.new_empty(d, v, dtype=E4M3)
+    return loss_N, lse_N, x_ND.new_empty(n, v), x8_DN, w8_DV
+
+
+@torch.library.custom_op("splits::fp8_head_loss_backward", mutates_args=())
+def _fp8_head_loss_backward(
+    grad_N: Tensor, lse_N: Tensor, logits_NV: Tensor, x8_DN: Tensor, w8_DV: Tensor, targets_N: Tensor,
+    weights_K: Tensor, slot_len: int, x_scale: float, w_scale: float, grad_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    g8_NV = torch.empty_like(logits_NV, dtype=E5M2)
+    _launch_ce_backward(grad_N * (1.0 / grad_scale), lse_N, logits_NV, targets_N, weights_K, slot_len, g8_NV)
+    g8_VN = g8_NV.new_empty(g8_NV.shape[1], g8_NV.shape[0])
+    _launch_transpose(g8_VN.view(torch.int8), g8_NV.view(torch.int8), is_add=False)
+    dx_ND = _matmul_fp8(g8_NV, w8_DV, grad_scale, w_scale, logits_NV.dtype, is_fast=False)
+    return dx_ND, _matmul_fp8(x8_DN, g8_VN, x_scale, grad_scale, torch.float32, is_fast=False)
+
+
+@_fp8_head_loss_backward.register_fake
+def _(grad_N, lse_N, logits_NV, x8_DN, w8_DV, *_):
+    (d, n), v = x8_DN.shape, w8_DV.shape[1]
+    return logits_NV.new_empty(n, d), logits_NV.new_empty(d, v, dtype=torch.float32)
+
+
+def _fp8_head_loss_setup(ctx, inputs, output):
+    _, w_DV, targets_N, weights_K, ctx.slot_len, *ctx.scales = inputs
+    ctx.save_for_backward(*output[1:], targets_N, weights_K)
+    ctx.w_dtype = w_DV.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _fp8_head_loss_autograd(ctx, grad_N, *_):
+    dx_ND, dw_DV = _fp8_head_loss_backward(grad_N, *ctx.saved_tensors, ctx.slot_len, *ctx.scales)
+    return dx_ND, dw_DV.to(ctx.w_dtype), *(None,) * 6
+
+
+_fp8_head_loss.register_autograd(_fp8_head_loss_autograd, setup_context=_fp8_head_loss_setup)
+
+
+def fp8_head_loss(
+    x_ND: Tensor, w_DV: Tensor, targets_N: Tensor, weights_K: Tensor, slot_len: int,
+    x_scale: float, w_scale: float, grad_scale: float,
+) -> Tensor:  # fmt: skip
+    """softcapped_cross_entropy(fp8_linear_t(x, w)), arguments as there: the same loss, and a gradient rounded
+    once, to e5m2, instead of to bf16 first. On a CPU it is that composition."""
+    if not _use_kernels(x_ND):
+        logits_NV = fp8_linear_t(x_ND, w_DV, x_scale, w_scale, grad_scale)
+        return softcapped_cross_entropy(logits_NV, targets_N, weights_K, slot_len)
+    return _fp8_head_loss(x_ND, w_DV, targets_N, weights_K, slot_len, x_scale, w_scale, grad_scale)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. attention: causal, inside documents, at most `window` positions back
 
 
 def _with_previous(x_BCQ: Tensor, fill: float) -> Tensor:
@@ -904,14 +961,12 @@ def attention_ref(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. attention on GPUs: FlashAttention-4 and -2 as opaque ops, and the choice
+# 11. attention on GPUs: FlashAttention-4 and -2 as opaque ops
 
 # Traffic: q, k, v, y of (N, 6, 128) bf16 are 1.5 KB a token each. At 49,152 tokens: 302 MB forward, 70 us;
 # backward reads q, k, v, y, dy and writes dq, dk, dv: 604 MB, 140 us. Work forward: 4 * 6 * 128 FLOP for each
 # query and key in reach, at most 0.21 TFLOP or 270 us with window 1408; backward 2.5 times that. H200,
 # T=49152, w=1408, 77 documents: fa4 295 us, varlen 482 us forward; 977 and 1,657 us with backward, n=20.
-
-ATTENTION_BACKENDS = ("fa4", "varlen", "reference")  # in the order of preference
 
 
 @functools.cache
@@ -919,42 +974,6 @@ def _fa4():
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     return _flash_attn_fwd, _flash_attn_bwd
-
-
-@functools.cache
-def _backend_problem(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why this backend cannot run on the device with the dtype; empty if it can."""
-    if backend == "reference":
-        return ""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"needs an NVIDIA GPU, the device is {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, the dtype is {str(dtype).removeprefix('torch.')}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if backend == "varlen":
-        if major < 8:
-            return f"needs compute capability 8.0, the device has {major}.{minor}"
-        return "" if torch.backends.cuda.is_flash_attention_available() else "PyTorch was built without it"
-    if major < 9:
-        return f"needs compute capability 9.0, the device has {major}.{minor}"
-    try:
-        _fa4()
-    except Exception as error:  # a compiler stack is behind this import: any failure means "not this backend"
-        return f"import of flash_attn.cute failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
-    return ""
-
-
-def attention_backends(device: torch.device | str, dtype: torch.dtype) -> list[tuple[str, bool, str]]:
-    """(name, usable, reason why not) of each backend, in the order of preference."""
-    problems = [(name, _backend_problem(name, torch.device(device), dtype)) for name in ATTENTION_BACKENDS]
-    return [(name, not problem, problem) for name, problem in problems]
-
-
-def _refuse_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    rows = attention_backends(device, dtype)
-    usable = ", ".join(name for name, is_usable, _ in rows if is_usable)
-    reason = dict((name, problem) for name, _, problem in rows).get(backend, "there is none of that name")
-    raise ValueError(f"attention backend {backend!r}: {reason}; usable here: {usable}")
 
 
 # The window and the scale are read inside the ops, from 0-D CPU tensors: no synchronisation, no
@@ -1042,6 +1061,48 @@ _varlen = _register_attention("varlen", _varlen_forward, _varlen_backward)
 _attention_fa4 = _register_attention("fa4", _fa4_forward, _fa4_backward)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# 12. attention: the choice of a backend
+
+ATTENTION_BACKENDS = ("fa4", "varlen", "reference")  # in the order of preference
+
+
+@functools.cache
+def _backend_problem(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why this backend cannot run on the device with the dtype; empty if it can."""
+    if backend == "reference":
+        return ""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"needs an NVIDIA GPU, the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, the dtype is {str(dtype).removeprefix('torch.')}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if backend == "varlen":
+        if major < 8:
+            return f"needs compute capability 8.0, the device has {major}.{minor}"
+        return "" if torch.backends.cuda.is_flash_attention_available() else "PyTorch was built without it"
+    if major < 9:
+        return f"needs compute capability 9.0, the device has {major}.{minor}"
+    try:
+        _fa4()
+    except Exception as error:  # a compiler stack is behind this import: any failure means "not this backend"
+        return f"import of flash_attn.cute failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+    return ""
+
+
+def attention_backends(device: torch.device | str, dtype: torch.dtype) -> list[tuple[str, bool, str]]:
+    """(name, usable, reason why not) of each backend, in the order of preference."""
+    problems = [(name, _backend_problem(name, torch.device(device), dtype)) for name in ATTENTION_BACKENDS]
+    return [(name, not problem, problem) for name, problem in problems]
+
+
+def _refuse_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    rows = attention_backends(device, dtype)
+    usable = ", ".join(name for name, is_usable, _ in rows if is_usable)
+    reason = dict((name, problem) for name, _, problem in rows).get(backend, "there is none of that name")
+    raise ValueError(f"attention backend {backend!r}: {reason}; usable here: {usable}")
+
+
 def attention(
     q_BTHK: Tensor,  # B slots of T tokens
     k_BTHK: Tensor,
@@ -1072,7 +1133,7 @@ def attention(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. bench: the lines of its table
+# 13. bench: the lines of its table
 
 
 class Case(NamedTuple):
@@ -1212,6 +1273,17 @@ def _fp8_cases(n: int, d: int = 768, v: int = 50304) -> list[Case]:
     def head(x_ND: Tensor, w_DV: Tensor) -> Tensor:
         return fp8_linear_t(x_ND, w_DV, *scales)
 
+    targets = torch.randint(v, (n,), device="cuda")
+    weights = torch.tensor([1.0, 0.5, 0.25], device="cuda")
+
+    def apart(x_ND: Tensor, w_DV: Tensor) -> Tensor:
+        rows = x_ND.shape[0]
+        return softcapped_cross_entropy(head(x_ND, w_DV), targets[:rows], weights, rows)
+
+    def fused(x_ND: Tensor, w_DV: Tensor) -> Tensor:
+        rows = x_ND.shape[0]
+        return fp8_head_loss(x_ND, w_DV, targets[:rows], weights, rows, *scales)
+
     def error() -> float:  # against the same rounding, emulated
         on_cpu = tuple(x.detach().cpu().requires_grad_() for x in few)
         return _max_error(tuple(t.cpu() for t in _with_grads(head, few)), _with_grads(head, on_cpu))
@@ -1228,6 +1300,8 @@ def _fp8_cases(n: int, d: int = 768, v: int = 50304) -> list[Case]:
              "TFLOP", error),
         Case("fp8 head fwd+bwd", f"{n}x{d}x{v}", _train_call(head, inputs), _train_call(torch.matmul, inputs),
              3 * work, "TFLOP", error),
+        Case("fp8 head and loss fwd+bwd", f"{n}x{d}x{v}", _train_call(fused, inputs),
+             _train_call(apart, inputs), 3 * work, "TFLOP", lambda: _max_error(_with_grads(fused, few), _with_grads(apart, few))),
     ]  # fmt: skip
 
 
@@ -1285,7 +1359,7 @@ def _attention_cases(tokens: int, window: int, backend: str, heads: int = 6) -> 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. bench: python triton_kernels.py --bench
+# 14. bench: python triton_kernels.py --bench
 
 
 def _print_case(case: Case) -> None:
@@ -1355,7 +1429,7 @@ def _tune(rows: int) -> None:
         (_loss_cases, (rows,), 1, ("CE_BACKWARD_BLOCK", "CE_BACKWARD_WARPS"), blocks),
         (_fp8_cases, (rows,), 0, ("QUANTIZE_TILE", "QUANTIZE_WARPS"),
          [((64, 128), 8), ((64, 128), 4), ((128, 128), 8), ((64, 64), 4), ((128, 64), 8)]),
-        (_transpose_cases, (), 0, ("TRANSPOSE_BLOCK", "TRANSPOSE_WARPS"), [(32, 4), (64, 4), (64, 8)]),
+        (_transpose_cases, (), 0, ("TRANSPOSE_BYTES", "TRANSPOSE_WARPS"), [(64, 4), (128, 4), (128, 8)]),
     ]  # fmt: skip
     for make_cases, arguments, index, names, candidates in plans:
         case = make_cases(*arguments)[index]

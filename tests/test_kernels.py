@@ -172,6 +172,31 @@ def test_fp8_saturates_and_keeps_dtypes():
     assert nan.float().isnan().all()
 
 
+def head_loss_inputs(rows, dim, vocab, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(rows)
+    x, w = (
+        torch.randn(rows, dim, device=device).to(dtype),
+        torch.randn(dim, vocab, device=device).div(8).to(dtype),
+    )
+    rest = (
+        torch.randint(vocab, (rows,), device=device),
+        torch.tensor([1.0, 0.5, 0.25], device=device),
+        rows // 2,
+    )
+    return (x, w), (*rest, 0.05, 0.005, 2 / 57344), torch.rand(rows, device=device)
+
+
+def head_loss_apart(x, w, targets, weights, slot_len, *scales):
+    return tk.softcapped_cross_entropy(tk.fp8_linear_t(x, w, *scales), targets, weights, slot_len)
+
+
+def test_fp8_head_loss_is_the_composition():
+    inputs, rest, dy = head_loss_inputs(24, 16, 320)
+    got = with_grads(lambda *t: tk.fp8_head_loss(*t, *rest), inputs, dy)
+    want = with_grads(lambda *t: head_loss_apart(*t, *rest), inputs, dy)
+    assert all(torch.equal(g, e) for g, e in zip(got, want, strict=True))
+
+
 def test_fp8_op_is_registered_properly():
     x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, 6, requires_grad=True)
     checks = ("test_autograd_registration", "test_faketensor")  # test_schema lacks FP8 arithmetic
@@ -218,19 +243,18 @@ ATTENTION_CASES = {
     "window zero": (1, 40, [0, 11], 0, 4),
     "single token documents": (1, 30, list(range(30)), 10, 16),
     "two slots": (2, 40, [0, 13, 40, 41, 70], 9, 16),
-    "blocks": (2, 300, [0, 100, 150, 300, 555], 60, 100),
-    "blocks, longest window": (1, 400, [0, 300], 140, 140),
+    "blocks": (2, 150, [0, 100, 150, 170, 280], 60, 100),
+    "blocks, longest window": (1, 300, [0, 40], 140, 140),
     "blocks, tokens a multiple": (1, 256, [0, 5], 128, 128),
     "max_window over tokens": (1, 140, [0, 70], 139, 4096),
 }
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES)
-@pytest.mark.parametrize("padding", [0, 3])
-def test_attention_reference_is_the_loop(case, padding):
+def test_attention_reference_is_the_loop(case):
     slots, tokens, starts, window, max_window = case
     qkv = attention_inputs(slots, tokens)
-    cu = torch.tensor(starts + [slots * tokens] * (1 + padding), dtype=torch.int32)
+    cu = torch.tensor(starts + [slots * tokens] * 4, dtype=torch.int32)
     dy = torch.randn_like(qkv[0])
     arguments = cu, tokens, *sched(window, 0.25), max_window, "reference"
     got = with_grads(lambda *x: tk.attention(*x, *arguments), qkv, dy)
@@ -483,19 +507,51 @@ def test_interpreted_case_quantize_layouts(dtype, forced_kernels):
 
 
 @interpreted
+def test_interpreted_case_fp8_head_loss(forced_kernels):
+    inputs, rest, dy = head_loss_inputs(24, 16, 320)
+    got = with_grads(lambda *t: tk.fp8_head_loss(*t, *rest), inputs, dy)
+    want = with_grads(lambda *t: head_loss_apart(*t, *rest), inputs, dy)
+    assert torch.equal(got[0], want[0])
+    for g, e in zip(
+        got[1:], want[1:], strict=True
+    ):  # the interpreter's e5m2 stores round otherwise: see above
+        assert float((g - e).norm() / e.norm()) < 0.1
+    leaves = tuple(t.requires_grad_() for t in inputs)
+    checks = ("test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(tk._fp8_head_loss, (*leaves, *rest), test_utils=checks)
+
+
+@interpreted
 def test_interpreted_case_ops_are_registered_properly(forced_kernels):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     x, w1, w2 = (torch.randn(s, 16, requires_grad=True) for s in (10, 20, 20))
     logits, targets, _ = loss_inputs(6, 320, torch.float32)
-    for op, arguments in (
+    cases = (
         (tk._xxt, (x.detach()[None],)),
         (tk._ba_plus_caa, (torch.eye(16)[None], 0.5, 0.25)),
         (tk._linear_relu2, (x, w1, w2)),
         (tk._ce, (logits.requires_grad_(), targets, torch.tensor([1.0, 0.5, 0.0]), 3)),
         (tk._transpose_add, (torch.zeros(4, 6), torch.ones(6, 4))),
         (tk._transpose_copy, (torch.zeros(6, 4), torch.ones(4, 6))),
-    ):
+    )
+    for op, arguments in cases:
         torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+@interpreted
+def test_interpreted_case_kernels_inside_a_compiled_function(forced_kernels):
+    check_compiled("aot_eager", attend_by_reference)
+
+    def tie(head_DV, grad_DV, embed_VD):
+        tk.transpose_add(grad_DV, embed_VD * 2.0)
+        tk.transpose_copy(embed_VD, head_DV)
+        return grad_DV.sum() + embed_VD[0, 0]
+
+    tensors = torch.randn(8, 12), torch.randn(8, 12), torch.randn(12, 8)
+    eager = tuple(t.clone() for t in tensors)
+    total = tie(*eager)
+    assert torch.allclose(torch.compile(tie, fullgraph=True, backend="aot_eager")(*tensors), total)
+    assert all(torch.equal(got, want) for got, want in zip(tensors, eager, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -535,15 +591,18 @@ build(tk._relu2_backward_kernel, {"g_ptr": B, "w_ptr": B, "post_ptr": B, "dpre_p
 loss = {"logits_ptr": B, "targets_ptr": "*i64", "weights_ptr": S, "lse_ptr": S}
 build(tk._ce_forward_kernel, loss | {"loss_ptr": S},
       tk._ce_constants(tk.CE_FORWARD_BLOCK, tk.CE_FORWARD_WARPS))
-build(tk._ce_backward_kernel, loss | {"grad_ptr": S, "dlogits_ptr": B},
-      tk._ce_constants(tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS))
+for gradient in (B, "*fp8e5"):
+    build(tk._ce_backward_kernel, loss | {"grad_ptr": S, "dlogits_ptr": gradient},
+          tk._ce_constants(tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS))
 for name, dtype in (("*fp8e4nv", tk.E4M3), ("*fp8e5", tk.E5M2)):
     build(tk._quantize_kernel, {"x_ptr": B, "row_ptr": name, "col_ptr": "*i8", "inv_scale": "fp32"},
           {"LIMIT": torch.finfo(dtype).max, "BN": tk.QUANTIZE_TILE[0], "BC": tk.QUANTIZE_TILE[1],
            "num_warps": tk.QUANTIZE_WARPS})
 for is_add in (True, False):
     build(tk._transpose_kernel, {"dst_ptr": B, "src_ptr": B},
-          {"IS_ADD": is_add, "BLOCK": tk.TRANSPOSE_BLOCK, "num_warps": tk.TRANSPOSE_WARPS})
+          {"IS_ADD": is_add, "BLOCK": tk.TRANSPOSE_BYTES // 2, "num_warps": tk.TRANSPOSE_WARPS})
+build(tk._transpose_kernel, {"dst_ptr": "*i8", "src_ptr": "*i8"},
+      {"IS_ADD": False, "BLOCK": tk.TRANSPOSE_BYTES, "num_warps": tk.TRANSPOSE_WARPS})
 '''
 
 
@@ -652,6 +711,19 @@ def test_gpu_fp8_head():
             want = want.cuda().float()
             # use_fast_accum keeps about 14 bits of the sum: 1e-3 of the norm, besides bf16 rounding.
             assert float((got.float() - want).norm() / want.norm()) < 5e-3
+
+
+@gpu
+def test_gpu_fp8_head_loss():
+    if not tk.fp8_available("cuda")[0]:
+        pytest.skip(tk.fp8_available("cuda")[1])
+    inputs, rest, dy = head_loss_inputs(1024, 768, 50304, torch.bfloat16, "cuda")
+    want = with_grads(lambda *t: head_loss_apart(*t, *rest), inputs, dy)
+    for _, op in each_way(lambda *t: tk.fp8_head_loss(*t, *rest)):
+        got = with_grads(op, inputs, dy)
+        assert torch.equal(got[0], want[0])
+        for g, e in zip(got[1:], want[1:], strict=True):  # one rounding against two, the second to 2 bits
+            assert float((g.float() - e.float()).norm() / e.float().norm()) < 0.03
 
 
 @gpu
