@@ -1301,7 +1301,8 @@ def _fp8_cases(n: int, d: int = 768, v: int = 50304) -> list[Case]:
         Case("fp8 head fwd+bwd", f"{n}x{d}x{v}", _train_call(head, inputs), _train_call(torch.matmul, inputs),
              3 * work, "TFLOP", error),
         Case("fp8 head and loss fwd+bwd", f"{n}x{d}x{v}", _train_call(fused, inputs),
-             _train_call(apart, inputs), 3 * work, "TFLOP", lambda: _max_error(_with_grads(fused, few), _with_grads(apart, few))),
+             _train_call(apart, inputs), 3 * work, "TFLOP",
+             lambda: _max_error(_with_grads(fused, few), _with_grads(apart, few))),
     ]  # fmt: skip
 
 
