@@ -11,6 +11,7 @@ there and right are kept. Each is checked: header, size, and the hub's SHA-256 w
 
 import argparse
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -42,7 +43,7 @@ DEFAULT_SHARDS = 9  # 468 M tokens are trained on; the loader leaves out the end
 DEFAULT_OUT = Path(__file__).resolve().parent / "fineweb10B"
 LICENSE = "ODC-By 1.0"
 ORIGIN = f"Hugging Face data set {REPO} (FineWeb sample-10BT)"
-HUB_TIMEOUT_S = "10"
+HUB_TIMEOUT_S = 15
 CHUNK_TOKENS = 1 << 24
 
 
@@ -58,9 +59,7 @@ def shard_names(num_train: int) -> list[str]:
 
 @cache
 def _hub():
-    # Both are read when the library is imported.
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_TIMEOUT_S)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # is read when the library is imported
     import huggingface_hub
 
     return huggingface_hub
@@ -68,8 +67,29 @@ def _hub():
 
 def hub_checksums(names: list[str]) -> dict[str, str | None]:
     """SHA-256 of each file as the hub tells it, None where it does not. One request, not retried."""
-    rows = _hub().HfApi().get_paths_info(REPO, names, repo_type="dataset")
+    rows = within(HUB_TIMEOUT_S, lambda: _hub().HfApi().get_paths_info(REPO, names, repo_type="dataset"))
     return {row.path: row.lfs.sha256 if getattr(row, "lfs", None) else None for row in rows}
+
+
+def within(seconds: float, call: Callable):
+    """The result of `call`, or TimeoutError: this request of the library's has no timeout of its own."""
+    results = []
+
+    def answer():
+        try:
+            results.append((call(), None))
+        except Exception as error:
+            results.append((None, error))
+
+    thread = threading.Thread(target=answer, daemon=True)  # daemon: a hanging request must not hold the exit
+    thread.start()
+    thread.join(seconds)
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    result, error = results[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def hub_fetch(name: str, folder: Path) -> Path:
@@ -197,7 +217,8 @@ def ask_hub(names: list[str], folder: Path) -> dict[str, str | None]:
 
 def hub_error(what: str, folder: Path, error: Exception) -> UserError:
     """What failed, why, what to do."""
-    reason = f"{type(error).__name__}: {error}"
+    first_line = (str(error).strip().splitlines() or ["no reason given"])[0]
+    reason = f"{type(error).__name__}: {first_line}"
     return UserError(
         f"{what}: could not be fetched from the Hugging Face data set {REPO} ({reason}); check the network, "
         f"or copy the shards to {folder} and run --index {folder}, or train on `prepare.py --default`"

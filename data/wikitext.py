@@ -19,7 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards import write_atomically
+from shards import lock_folder, write_atomically
 from wheels import DOWNLOADS, Member, fetch
 
 DUMP = Member(
@@ -232,6 +232,7 @@ def build(downloads: Path | None = None) -> tuple[Path, Path]:
         rows = sorted(set(sides[side]), key=lambda text: hashlib.blake2b(text.encode()).digest())
         path = downloads / f"enwiki_{side}.jsonl"
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in rows)
-        write_atomically(path, "".join(lines).encode())
+        with lock_folder(downloads):
+            write_atomically(path, "".join(lines).encode())
         paths.append(path)
     return paths[0], paths[1]

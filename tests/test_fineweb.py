@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,20 @@ def test_the_library_out_of_reach_is_told_at_once(tmp_path, gpt2_folder):
     assert done.stderr.count("\n") == 1, done.stderr
     assert "could not be fetched" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_that_never_answers_is_given_up(tmp_path, gpt2_folder, monkeypatch, capsys):
+    class Api:
+        def get_paths_info(self, *args, **kwargs):
+            time.sleep(30)
+
+    class Library:
+        HfApi = Api
+
+    monkeypatch.setattr(fineweb, "_hub", lambda: Library)
+    monkeypatch.setattr(fineweb, "HUB_TIMEOUT_S", 0.1)
+    with pytest.raises(shards.UserError, match=r"no answer within 0\.1 s"):
+        fineweb.main(["1", "--out", str(tmp_path / "fw"), "--gpt2-files", str(gpt2_folder)])
 
 
 def test_help():

