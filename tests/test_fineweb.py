@@ -166,13 +166,7 @@ def test_without_network_it_is_one_line(tmp_path, hub, main, capsys):
     assert stopped.value.code == 2
     stderr = capsys.readouterr().err
     assert stderr.count("\n") == 1
-    for word in (
-        "fineweb_val_000000.bin",
-        "kjj0/fineweb10B-gpt2",
-        "no route to the hub",
-        "--index",
-        "--default",
-    ):
+    for word in ("fineweb_val_000000.bin", "kjj0/fineweb10B-gpt2", "no route", "--index", "--default"):
         assert word in stderr
     assert not (tmp_path / "fw").exists()
 
