@@ -1311,11 +1311,11 @@ def forward_backward(job: Job, micro: Batch, knobs: Knobs) -> Tensor:
 
 
 def warm_up(job: Job) -> None:
-    """Run every kind of step once on random tokens, which cannot teach, then put everything back bitwise."""
+    """Compile, and run every kind of step once on random tokens, which cannot teach, then put everything back bitwise."""
     cfg, r, gen = job.cfg, job.cfg.recipe, np.random.default_rng(0)
     model, optimizer = {k: v.clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
-    per_rank, first = cfg.slots // job.ranks.world_size, 0
-    for stage in r.stages:
+    per_rank, first, began = cfg.slots // job.ranks.world_size, 0, time.perf_counter()
+    for number, stage in enumerate(r.stages, start=1):
         # An even and an odd step of each stage, and the step that unties embedding and head.
         for step in sorted({first & ~1, first | 1} | ({r.split_step} if first else set())):
             sched, slot_tokens = at(r, step), stage.batch_tokens // cfg.slots
@@ -1326,6 +1326,8 @@ def warm_up(job: Job) -> None:
             forward_backward(job, micro, job.knobs(sched))
             job.optimizer.step(sched)
         first += stage.steps
+        job.clock.synchronize()
+        job.log.say(f"warm-up: stage {number} of {len(r.stages)} after {time.perf_counter() - began:.1f} s")
     validate(job, at(r, 0), limit=1)
     job.model.load_state_dict(model)
     job.optimizer.load_state_dict(optimizer)
@@ -1555,9 +1557,8 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
         with ranks.process_group():
             began = time.perf_counter()
             job = build(args, cfg, ranks, corpus, log)
-            log.say("compiling and warming up kernels (untimed; the first time takes longest)")
             warm_up(job)
-            log.say(f"ready after {time.perf_counter() - began:.1f} s")
+            log.say(f"warm-up: done after {time.perf_counter() - began:.1f} s")
             result = train(job, stop)
         log.close("done", result)
         return 0
