@@ -382,14 +382,20 @@ class Log:
         """To the log and to the terminal."""
         self.write(text)
         if self.is_master:
-            print(f"\r\033[K{text}" if self.live else text, flush=True)
+            self._print(f"\r\033[K{text}\n" if self.live else f"{text}\n")
             self.live = ""
 
     def progress(self, text: str) -> None:
         """To the terminal alone, where there is one, on one line that is overwritten."""
         if self.is_master and sys.stdout.isatty():
             self.live = text[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\033[K{self.live}", end="", flush=True)
+            self._print(f"\r\033[K{self.live}")
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:  # whoever read the output has gone; the run and its log go on
+            sys.stdout = open(os.devnull, "w")
 
     def header(self, sources: Sequence[Path], meta: dict[str, object]) -> None:
         """Everything that is needed to know, and to repeat, what ran."""
@@ -1311,7 +1317,7 @@ def forward_backward(job: Job, micro: Batch, knobs: Knobs) -> Tensor:
 
 
 def warm_up(job: Job) -> None:
-    """Compile, and run every kind of step once on random tokens, which cannot teach, then put everything back bitwise."""
+    """Compile: run every kind of step once on random tokens, which cannot teach; put all back bitwise."""
     cfg, r, gen = job.cfg, job.cfg.recipe, np.random.default_rng(0)
     model, optimizer = {k: v.clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
     per_rank, first, began = cfg.slots // job.ranks.world_size, 0, time.perf_counter()
