@@ -1100,7 +1100,9 @@ class Shard:
         if self.world_size == 1:
             return lambda: None
         whole = out.new_empty(self.rows * self.world_size, *out.shape[1:]) if self.is_padded else out
-        work = dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True)
+        # NCCL has no 16-bit integers; gathering moves bits, whatever they are called.
+        wire = [x.view(torch.bfloat16) if x.dtype == torch.int16 else x for x in (whole, mine.contiguous())]
+        work = dist.all_gather_into_tensor(*wire, async_op=True)
 
         def finish() -> None:
             work.wait()
