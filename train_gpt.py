@@ -122,6 +122,13 @@ class Recipe:
     adam_eps: float = 1e-10
     adam_wd: float = 0.005
 
+    def __post_init__(self) -> None:
+        if self.num_heads * self.head_dim != self.model_dim or self.num_heads % 2 or self.head_dim % 4:
+            raise ValueError(
+                f"recipe {self.name}: {self.num_heads} heads of {self.head_dim} must make up {self.model_dim} "
+                "dimensions, heads come in pairs, and a head's dimensions in fours"
+            )
+
     @property
     def scheduled_steps(self) -> int:
         return sum(stage.steps for stage in self.stages[:-1])

@@ -1,0 +1,96 @@
+"""A small prepared corpus and a miniature recipe, for every test of the trainer. No network, no GPU."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+VOCAB, BOS = 250, 1
+TOKEN_BYTES = 3  # of every token but BOS
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """The benchmark's format, written independently of the project's own writer."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def make_tokens(rng: np.random.Generator, size: int, mean_length: int = 60) -> np.ndarray:
+    """Documents of random length, each beginning with BOS; the text is a Markov chain, so it can be learnt."""
+    tokens = np.empty(size, np.int64)
+    at = 0
+    while at < size:
+        length = min(2 + int(rng.exponential(mean_length)), size - at)
+        steps = rng.integers(1, 4, length)
+        tokens[at : at + length] = 2 + (rng.integers(0, VOCAB - 2) + np.cumsum(steps)) % (VOCAB - 2)
+        tokens[at] = BOS
+        at += length
+    return tokens
+
+
+def write_corpus(folder: Path, train_sizes: tuple[int, ...] = (30_000, 30_000), val_size: int = 6_000) -> Path:
+    """A prepared folder as data/prepare.py leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, sizes in (("train", train_sizes), ("val", (val_size,))):
+        rows = []
+        for i, size in enumerate(sizes):
+            name, tokens = f"toy_{split}_{i:06d}.bin", make_tokens(rng, size)
+            write_shard(folder / name, tokens)
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            count = int((tokens == BOS).sum())
+            num_bytes = TOKEN_BYTES * (size - count)
+            rows.append({"file": name, "tokens": size, "documents": count, "bytes": num_bytes, "sha256": digest})
+        splits[split] = {"shards": rows, **{k: sum(r[k] for r in rows) for k in ("tokens", "documents", "bytes")}}
+    table = np.full(VOCAB, TOKEN_BYTES, np.uint16)
+    table[BOS] = 0
+    np.save(folder / "token_bytes.npy", table)
+    manifest = {
+        "format": 1,
+        "tokenizer": {"kind": "bytes", "name": "toy", "vocab_size": VOCAB, "bos_id": BOS, "files": []},
+        "token_bytes": {"file": "token_bytes.npy", "sha256": ""},
+        "splits": splits,
+        "sources": [],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """Recipe `tiny` in miniature: every kind of layer, all stages, the split step, 14 steps in seconds."""
+    import train_gpt
+
+    tiny = train_gpt.RECIPES["tiny"]
+    sizes = (768, 1536, 2304, 2304)
+    stages = tuple(
+        dataclasses.replace(stage, steps=steps, batch_tokens=size)
+        for stage, steps, size in zip(tiny.stages, (4, 4, 4, 2), sizes, strict=True)
+    )
+    return dataclasses.replace(
+        tiny,
+        name="nano",
+        model_dim=32,
+        num_heads=4,
+        head_dim=8,
+        hidden_dim=64,
+        stages=stages,
+        momentum=((0, 0.85), (3, 0.95), (11, 0.95), (14, 0.85)),
+        max_seq_len=96,
+        val_tokens=2048,
+        val_slot=512,
+        val_every=7,
+    )
