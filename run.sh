@@ -138,8 +138,8 @@ for trainer in "${trainers[@]}"; do
     stem=$([ "$trainer" = train_gpt.py ] || echo "-$(basename "$trainer" .py)")
     arms+=("logs/$name$stem-$(hash_of "$trainer" "$kernels" | cut -c1-8)")
 done
+[ "${#arms[@]}" -eq 1 ] || [ "${arms[0]##*-}" != "${arms[1]##*-}" ] || die "${trainers[0]} and ${trainers[1]} are the same program"
 mkdir -p "${arms[@]}" 2>/dev/null || die "folder ${arms[0]} cannot be made here; check permissions and space"
-[ "${#arms[@]}" -eq 1 ] || [ "${arms[0]}" != "${arms[1]}" ] || die "${trainers[0]} and ${trainers[1]} are the same program"
 
 for ((seed = 1; seed <= runs; seed++)); do
     # AB BA BA AB: over four runs of each, a steady drift of the machine cancels.

@@ -1495,7 +1495,7 @@ def describe(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus
     """The conditions of a run, as the log's header states them."""
     status = output_of("git", "-C", str(PROJECT), "status", "--porcelain")
     return {
-        "run_id": args.out.stem,
+        "run_id": uuid.uuid4(),
         "host": socket.gethostname(),
         **machine_lines(ranks.device),
         "commit": output_of("git", "-C", str(PROJECT), "rev-parse", "HEAD") or "unknown",
@@ -1509,7 +1509,7 @@ def describe(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus
         "attention": cfg.attention,
         "fp8_head": str(cfg.fp8_head).lower(),
         "target": cfg.recipe.target,
-        "resumed": args.resume or "no",
+        **({"resumed": args.resume} if args.resume else {}),
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
