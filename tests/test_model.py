@@ -29,13 +29,7 @@ def one_thread():
 
 def config(recipe: tg.Recipe, dtype: torch.dtype = torch.float64) -> tg.Config:
     return tg.Config(
-        recipe=recipe,
-        vocab_size=VOCAB,
-        bos_id=1,
-        slots=12,
-        dtype=dtype,
-        attention="reference",
-        fp8_head=False,
+        recipe=recipe, vocab_size=VOCAB, slots=12, dtype=dtype, attention="reference", fp8_head=False
     )
 
 

@@ -298,13 +298,7 @@ class Bench:
 
     def __init__(self, recipe: tg.Recipe, dtype: torch.dtype = torch.float32) -> None:
         cfg = tg.Config(
-            recipe=recipe,
-            vocab_size=250,
-            bos_id=1,
-            slots=12,
-            dtype=dtype,
-            attention="reference",
-            fp8_head=False,
+            recipe=recipe, vocab_size=250, slots=12, dtype=dtype, attention="reference", fp8_head=False
         )
         self.recipe, self.model, self.calls = recipe, tg.GPT(cfg, seed=1), []
         self.params = dict(self.model.named_parameters())
@@ -630,13 +624,13 @@ def test_table_matches():
 
 
 def test_table_refuses_what_does_not_match(monkeypatch):
-    with pytest.raises(ValueError, match=r"'missing': \['bigram'\], 'extra': \[\]"):
+    with pytest.raises(ValueError, match=r"missing\W+bigram\W+extra\W+$"):
         tg.check_params([*names_of_the_model(), "bigram"])
-    with pytest.raises(ValueError, match=r"'missing': \[\], 'extra': \['embed'\]"):
+    with pytest.raises(ValueError, match=r"missing\W+extra\W+embed\W+$"):
         tg.check_params(names_of_the_model()[:-1])
     names = names_of_the_model()
     monkeypatch.setattr(tg, "PARAMS", (*tg.PARAMS, tg.PARAMS[3]))
-    with pytest.raises(ValueError, match=r"'duplicate': \['ve0'\]"):
+    with pytest.raises(ValueError, match=r"duplicate\W+ve0\W+missing"):
         tg.check_params(names)
 
 
@@ -653,9 +647,8 @@ def test_shards_cover_all_rows_once(world):
     joined = torch.cat(parts)
     assert torch.equal(joined[:12], full)
     assert not joined[12:].any()
-    is_view = 12 % world == 0
-    for part in parts:
-        assert (part.untyped_storage().data_ptr() == full.untyped_storage().data_ptr()) is is_view
+    if 12 % world == 0:  # then updates happen in place
+        assert {part.untyped_storage().data_ptr() for part in parts} == {full.untyped_storage().data_ptr()}
 
 
 def test_replicated_rows_are_everybodys():
