@@ -104,7 +104,7 @@ choose() {  # recipe and data, where the command line leaves them open; options 
     options=(--recipe "$recipe" --data "$data")
 }
 
-runs= recipe= data= trainers=(train_gpt.py)
+runs="" recipe="" data="" trainers=(train_gpt.py)
 case "${1:-}" in
     test) shift; setup; exec python -m pytest "$@" ;;
     setup) setup; exit 0 ;;

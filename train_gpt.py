@@ -6,21 +6,17 @@
 The recipe (model, stages, batch, learning rates) is a row of the tables in section 1; the command line says
 only where data and logs are. Every run log begins with the source of this file and of triton_kernels.py.
 
-Lineage: the maths is record 61 of the community speedrun (modded-nanogpt pull request 200) with the key
-offset of record 62 (pull request 201). Measured figures and their conditions are in LOG.md.
-
-Contents: grep '^# [0-9]' train_gpt.py
+The maths is record 61 of the community speedrun (modded-nanogpt pull request 200) with the key offset of
+record 62 (pull request 201). Measured figures are in LOG.md. Contents: grep '^# [0-9]' train_gpt.py
 Suffixes: B slots of a micro-batch, T tokens of a slot, N rows (B*T), D model dim, H heads, K head dim,
 F hidden dim, V padded vocabulary, L layers, M matrices of a bank, R rows and C columns of a matrix.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
+import itertools
 import json
 import math
 import os
@@ -36,7 +32,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +47,7 @@ from torch import Tensor, nn
 
 import triton_kernels as kernels
 
-# --------------------------------------------------------------------------------------------------------
-# 1. config: every number of the recipes
-
+# 1. config: every number of the recipes -----------------------------------------------------------------
 GATE_DIM = 12  # gates read this many channels of their input
 BANK_MULTIPLE = 8  # matrices of a bank are padded to a multiple of this, so that 8 ranks share them evenly
 VOCAB_MULTIPLE = 128  # padded vocabulary rows take part in the softmax and are never masked
@@ -125,8 +119,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.num_heads * self.head_dim != self.model_dim or self.num_heads % 2 or self.head_dim % 4:
             raise ValueError(
-                f"recipe {self.name}: {self.num_heads} heads of {self.head_dim} must make up {self.model_dim} "
-                "dimensions, heads come in pairs, and a head's dimensions in fours"
+                f"recipe {self.name}: heads must be pairs, fill model_dim, and have 4k dimensions"
             )
 
     @property
@@ -193,7 +186,7 @@ SHORT = Recipe(
     val_tokens=10 * 1024 * 1024, val_slot=256 * 1024, val_windows=(768, 2560), val_every=250,
     target=3.28, fp8_head=True, tokenizer="gpt2",
 )
-SPRINT = dataclasses.replace(
+SPRINT = replace(
     SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322,
     momentum=((0, 0.85), (60, 0.95), (343, 0.95), (353, 0.85)),
 )
@@ -255,7 +248,6 @@ class Config:
 
     recipe: Recipe
     vocab_size: int  # of the tokenizer
-    bos_id: int
     slots: int
     dtype: torch.dtype
     attention: str  # backend of kernels.attention
@@ -271,22 +263,15 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def packing(recipe: Recipe, world_size: int) -> int:
-    """How many slots the global batch is packed into at this world size.
+    """How many slots the global batch is packed into: the recipe's number where the world size divides it.
 
-    The recipe's own number where the world size divides it, so that training is the same up to rounding; a
-    common multiple otherwise, where documents are cut in other places.
+    Then training is the same up to rounding. Else a common multiple, and documents are cut in other places.
     """
     sizes = sorted({stage.batch_tokens for stage in recipe.stages})
-
-    def fits(world: int) -> bool:
-        return all(size % (16 * math.lcm(recipe.slots, world)) == 0 for size in sizes)
-
-    if not fits(world_size):
-        good = [world for world in range(1, 129) if fits(world)]
-        raise InputError(
-            f"world size {world_size} does not divide the batches of recipe {recipe.name} ({sizes} tokens, "
-            f"in slots of a multiple of 16); use one of {good}"
-        )
+    good = [w for w in range(1, 1025) if not any(size % (16 * math.lcm(recipe.slots, w)) for size in sizes)]
+    if world_size not in good:
+        message = f"world size {world_size} does not divide the batches of recipe {recipe.name} into slots"
+        raise InputError(f"{message} of a multiple of 16 tokens (batches: {sizes}); use one of {good}")
     return math.lcm(recipe.slots, world_size)
 
 
@@ -296,10 +281,7 @@ def slots_per_pass(slots: int, slot_tokens: int, micro_tokens: int) -> int:
     return max(b for b in divisors if b == 1 or b * slot_tokens <= micro_tokens)
 
 
-# --------------------------------------------------------------------------------------------------------
-# 2. ranks, log, clock
-
-
+# 2. ranks, log, clock -----------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among all of them."""
@@ -319,7 +301,7 @@ class Ranks:
         count = torch.cuda.device_count()
         if local >= count:
             raise InputError(
-                f"local rank {local} has no GPU, this host has {count}: --nproc_per_node={count}"
+                f"local rank {local} has no GPU of this host's {count}: --nproc_per_node={count}"
             )
         return cls(rank, local, world, torch.device("cuda", local))
 
@@ -353,22 +335,16 @@ def output_of(*command: str) -> str | None:
 
 
 def machine_lines(device: torch.device) -> dict[str, str]:
-    """Every GPU of this host with its UUID, and the driver; or the CPU."""
+    """Every visible GPU of this host with its UUID, and the driver; or the CPU."""
     if device.type != "cuda":
         return {"cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
-    rows = output_of("nvidia-smi", "--query-gpu=name,uuid,driver_version", "--format=csv,noheader")
-    if rows is None:
-        return {"gpu 0": f"{torch.cuda.get_device_name(device)} unknown", "driver": "unknown"}
-    fields = [row.split(", ") for row in rows.split("\n")]
-    gpus = {f"gpu {i}": f"{name} {uid}" for i, (name, uid, _) in enumerate(fields)}
-    return {**gpus, "driver": fields[0][2]}
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+    return {f"gpu {i}": f"{p.name} GPU-{p.uuid}" for i, p in enumerate(found)} | {"driver": driver.split()[0]}
 
 
 class Log:
-    """The run log: source, conditions, step lines, closing line; a JSON twin holds conditions and result.
-
-    Only the master writes; on a terminal a live line is kept below what is printed.
-    """
+    """The run log: source, conditions, step lines, closing line; its JSON twin. Only the master writes."""
 
     def __init__(self, path: Path, is_master: bool) -> None:
         self.path, self.is_master = path, is_master
@@ -412,10 +388,12 @@ class Log:
             lines = source.decode().removesuffix("\n").split("\n")
             digest = hashlib.sha256(source).hexdigest()
             self.write("\n".join([f"#### source {path.name} sha256={digest} lines={len(lines)}", *lines]))
-        triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
+        triton = getattr(kernels.triton, "__version__", None)
+        python = sys.version.replace("\n", " ")
+        pytorch = f"{torch.__version__} compiled for CUDA {torch.version.cuda}"
         versions = (
-            f"Running Python {sys.version}".replace("\n", " "),
-            f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+            f"Running Python {python}",
+            f"Running PyTorch {pytorch}",
             f"Running Triton version {triton}",
         )
         conditions = (f"{key}: {value}" for key, value in self.meta.items())
@@ -423,7 +401,7 @@ class Log:
 
     def step(self, what: str, ms: float, steps: int, more: str = "") -> None:
         """One `step:` line of the community's format; validations are shown on the terminal too."""
-        line = f"step:{what} train_time:{ms:.0f}ms step_avg:{ms / max(steps, 1):.2f}ms {more}".rstrip()
+        line = f"step:{what} train_time:{ms:.0f}ms step_avg:{ms / max(steps, 1):.2f}ms{more}"
         (self.say if "val_loss" in what else self.write)(line)
 
     def close(self, status: str, result: dict[str, object]) -> None:
@@ -475,10 +453,7 @@ class Clock:
         return self.elapsed_ms + running
 
 
-# --------------------------------------------------------------------------------------------------------
-# 3. data: shards, document index, batches
-
-
+# 3. data: shards, document index, batches ---------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """A prepared folder: its shards, its vocabulary and the hash of its manifest."""
@@ -499,19 +474,19 @@ class Corpus:
         if not path.is_file():
             raise InputError(f"no manifest.json in {folder}, so there is no prepared data there; {remedy}")
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest, digest = json.loads(path.read_bytes()), hashlib.sha256(path.read_bytes()).hexdigest()
             tok, splits = manifest["tokenizer"], manifest["splits"]
             table = np.load(folder / manifest["token_bytes"]["file"], allow_pickle=False)
             tokens = {row["file"]: row["tokens"] for s in ("train", "val") for row in splits[s]["shards"]}
             train, val = (tuple(sorted(folder.glob(f"*_{s}_*.bin"))) for s in ("train", "val"))
-            corpus = cls(train, val, tok["vocab_size"], tok["bos_id"], tok["kind"], table, sha256_of(path))
+            corpus = cls(train, val, tok["vocab_size"], tok["bos_id"], tok["kind"], table, digest)
         except (KeyError, TypeError, ValueError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"manifest {path} cannot be used ({reason}); {remedy}") from None
         different = sorted({f.name for f in train + val} ^ set(tokens))
         if different or not train or not val:
             raise InputError(
-                f"{folder}: manifest and shards differ ({different[:3] or 'no shards'}); {remedy}"
+                f"{folder}: manifest and shards differ ({different[:3] or 'none there'}); {remedy}"
             )
         for shard in train + val:
             check_shard(shard, tokens[shard.name])
@@ -521,23 +496,18 @@ class Corpus:
         return corpus
 
 
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def check_shard(path: Path, declared: int | None = None) -> int:
     """The number of tokens of a shard; InputError where header, size or manifest disagree."""
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         found = f"{header[0]}, {header[1]}" if len(header) > 1 else "nothing"
         rule = (
-            f"shards begin with {SHARD_MAGIC}, {SHARD_VERSION} in a header of {4 * SHARD_HEADER_INTS} bytes"
+            f"a shard begins with {SHARD_MAGIC}, {SHARD_VERSION} in {4 * SHARD_HEADER_INTS} bytes of header"
         )
         raise InputError(f"{path} is not a token shard: it begins with {found}; {rule}; fetch it again")
     tokens, size = int(header[2]), path.stat().st_size
-    wanted = 4 * SHARD_HEADER_INTS + 2 * tokens
-    if size != wanted:
-        raise InputError(f"{path} has {size} bytes, its {tokens} tokens need {wanted}; fetch it again")
+    if size != 4 * SHARD_HEADER_INTS + 2 * tokens:
+        raise InputError(f"{path} has {size} bytes, not what its {tokens} tokens need; fetch it again")
     if declared not in (None, tokens):
         raise InputError(f"{path} has {tokens} tokens, the manifest says {declared}; fetch it again")
     return tokens
@@ -566,19 +536,13 @@ class Documents:
         """Scan a shard for BOS tokens; with `head`, only its first tokens, leaving out the cut document."""
         tokens = map_shard(path)
         part = np.asarray(tokens[:head])
-        starts = np.flatnonzero(part == corpus.bos_id)
         check_tokens(part, corpus, path)
-        if len(part) < len(tokens):
-            starts, edges = starts[:-1], starts
-        else:
-            edges = np.append(starts, len(tokens))
-        return cls(tokens, starts, np.append(0, np.cumsum(np.minimum(np.diff(edges), max_seq_len))))
+        edges = np.flatnonzero(part == corpus.bos_id)
+        edges = edges if len(part) < len(tokens) else np.append(edges, len(tokens))
+        return cls(tokens, edges[:-1], np.append(0, np.cumsum(np.minimum(np.diff(edges), max_seq_len))))
 
     def fill(self, first: int, slots: int, slot_tokens: int) -> list[int] | None:
-        """Document bounds [slots + 1] of consecutive slots, or None if the shard has too few left.
-
-        A slot takes documents, the last one cut, until it has its tokens and one more as the last target.
-        """
+        """Document bounds [slots + 1] of consecutive slots; None if the shard has too few left."""
         bounds = [first]
         for _ in range(slots):
             bounds.append(int(np.searchsorted(self.ends, self.ends[bounds[-1]] + slot_tokens + 1)))
@@ -617,39 +581,28 @@ def make_batch(slots: Sequence[tuple[np.ndarray, np.ndarray]], max_docs: int, de
     return Batch(*tensors)
 
 
-def indexes(files: Sequence[Path], corpus: Corpus, max_seq_len: int) -> Iterator[tuple[bool, Documents]]:
-    """(whether a new shard begins, its documents), the next shard indexed while this one is used.
-
-    The first shard is needed at once, so an index of its first 4 M tokens comes before its whole one.
-    """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = pool.submit(Documents.index, files[0], corpus, max_seq_len)
-        yield True, Documents.index(files[0], corpus, max_seq_len, head=4_000_000)
-        for i in range(len(files)):
-            current = ahead
-            if i + 1 < len(files):
-                ahead = pool.submit(Documents.index, files[i + 1], corpus, max_seq_len)
-            yield i > 0, current.result()
-
-
 def batch_bounds(recipe: Recipe, slots: int, corpus: Corpus) -> Iterator[tuple[Documents, list[int]]]:
-    """For every step of the schedule the shard in use and the document bounds of all slots of the batch.
-
-    Each document is used at most once; what is left of a shard too short for a batch is dropped.
-    """
+    """For every step the shard in use and the document bounds of all slots. No document is used twice."""
     steps = (stage.batch_tokens // slots for stage in recipe.stages for _ in range(stage.steps))
-    slot_tokens, done, cursor = next(steps), 0, 0
-    for is_new, documents in indexes(corpus.train, corpus, recipe.max_seq_len):
-        cursor = 0 if is_new else cursor
-        while bounds := documents.fill(cursor, slots, slot_tokens):
-            yield documents, bounds
-            cursor, done = bounds[-1], done + 1
-            if (slot_tokens := next(steps, None)) is None:
-                return
+    slot_tokens, done = next(steps), 0
+    index = functools.partial(Documents.index, corpus=corpus, max_seq_len=recipe.max_seq_len)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # A shard is indexed while the one before it is used. The first is needed at once, so an index of its
+        # first tokens serves until the whole one is there.
+        queue = [pool.submit(index, corpus.train[0], head=4_000_000), pool.submit(index, corpus.train[0])]
+        for following in (*corpus.train[1:], None):
+            cursor, futures = 0, queue
+            queue = [pool.submit(index, following)] if following else []
+            for documents in (future.result() for future in futures):
+                while bounds := documents.fill(cursor, slots, slot_tokens):
+                    yield documents, bounds
+                    cursor, done = bounds[-1], done + 1
+                    if (slot_tokens := next(steps, None)) is None:
+                        return
+    cuts = f"after documents are cut at {recipe.max_seq_len} and at slot ends"
     raise InputError(
         f"the training shards last for {done} of {recipe.total_steps} steps: recipe {recipe.name} needs "
-        f"{recipe.train_tokens:,} tokens after documents are cut at {recipe.max_seq_len} and at slot ends, "
-        f"they hold {sum(map(check_shard, corpus.train)):,} before; add shards or choose a smaller recipe"
+        f"{recipe.train_tokens:,} tokens {cuts}, they hold {sum(map(check_shard, corpus.train)):,}: add some"
     )
 
 
@@ -658,14 +611,12 @@ def check_train_data(recipe: Recipe, slots: int, corpus: Corpus) -> int:
     return max(max(np.diff(bounds)) for _, bounds in batch_bounds(recipe, slots, corpus))
 
 
-def batches(
-    cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first_step: int
-) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each step from `first_step` on."""
+def batches(cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each step from `first` on."""
     recipe, per_rank = cfg.recipe, cfg.slots // ranks.world_size
     stages = [stage for stage in recipe.stages for _ in range(stage.steps)]
     for step, (documents, bounds) in enumerate(batch_bounds(recipe, cfg.slots, corpus)):
-        if step < first_step:
+        if step < first:
             continue
         slot_tokens = stages[step].batch_tokens // cfg.slots
         mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
@@ -690,14 +641,12 @@ class ValSet:
         need = recipe.val_tokens + 1
         tokens = np.concatenate([map_shard(f)[:need] for f in corpus.val])[:need]
         if len(tokens) < need:
-            raise InputError(
-                f"recipe {recipe.name} needs {need:,} validation tokens, the shards hold {len(tokens):,}; "
-                "prepare more with data/prepare.py --val or --val-fraction"
-            )
+            found = f"recipe {recipe.name} needs {need:,} validation tokens, the shards hold {len(tokens):,}"
+            raise InputError(f"{found}; prepare more with data/prepare.py --val or --val-fraction")
         check_tokens(tokens, corpus, corpus.val[0].parent)
         slots = []
-        for at in range(0, recipe.val_tokens, recipe.val_slot):
-            part = tokens[at : at + recipe.val_slot + 1]
+        for begin in range(0, recipe.val_tokens, recipe.val_slot):
+            part = tokens[begin : begin + recipe.val_slot + 1]
             slots.append((part, np.union1d(0, np.flatnonzero(part[:-1] == corpus.bos_id))))
         longest = max(int(np.diff(np.append(b, recipe.val_slot)).max()) for _, b in slots)
         num_bytes = int(corpus.token_bytes[tokens[1:]].sum(dtype=np.int64))
@@ -705,10 +654,7 @@ class ValSet:
         return cls(mine, max_docs, round_up(longest, 128), recipe.val_tokens, num_bytes)
 
 
-# --------------------------------------------------------------------------------------------------------
-# 4. schedule: pure functions of the step
-
-
+# 4. schedule: pure functions of the step ----------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Sched:
     step: int
@@ -742,28 +688,21 @@ def at(recipe: Recipe, step: int) -> Sched:
     lr_mul = recipe.stages[stage_of(recipe, max(step - 1, 0))[0]].lr_mul
     left = min(max((1 - step / recipe.scheduled_steps) / recipe.cooldown, 0), 1)
     weights = [ramp(((0, start), (stage.steps, end)), within) for start, end in stage.mtp]
+    windows = recipe.val_windows if step == recipe.total_steps else (stage.short, stage.long)
+    lr = lr_mul * left + recipe.lr_floor * (1 - left)
     return Sched(
-        step=step,
-        stage=index,
-        windows=recipe.val_windows if step == recipe.total_steps else (stage.short, stage.long),
-        mtp=(*weights, 0.0, 0.0)[:3],
-        lr=lr_mul * left + recipe.lr_floor * (1 - left),
-        momentum=ramp(recipe.momentum, step),
-        is_adam_step=step % 2 == 1,
+        step, index, windows, (*weights, 0.0, 0.0)[:3], lr, ramp(recipe.momentum, step), step % 2 == 1
     )
 
 
 def yarn(recipe: Recipe, stage: int) -> tuple[Tensor, float]:
     """(rotary frequencies float32 [head_dim / 4], attention scale) after the window changes up to `stage`.
 
-    When the long window grows, frequencies that turn less than once in the old window are slowed in
-    proportion, those that turn 32 times or more stay. Source: arXiv 2309.00071.
+    Frequencies that turn less than once in the old window are slowed as it grows. Source: arXiv 2309.00071.
     """
     freqs = (1 / 1024) ** torch.linspace(0, 1, recipe.head_dim // 4)
     scale = 0.1
-    for old, new in (
-        (a.long, b.long) for a, b in zip(recipe.stages, recipe.stages[1 : stage + 1], strict=False)
-    ):
+    for old, new in itertools.pairwise(row.long for row in recipe.stages[: stage + 1]):
         turns = old * freqs / (2 * math.pi)
         keep = ((turns - 1) / (32 - 1)).clamp(0, 1)
         freqs = freqs * (old / new + keep * (1 - old / new))
@@ -771,24 +710,13 @@ def yarn(recipe: Recipe, stage: int) -> tuple[Tensor, float]:
     return freqs, scale
 
 
-# --------------------------------------------------------------------------------------------------------
-# 5. blocks
-
-
+# 5. blocks ----------------------------------------------------------------------------------------------
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
-def shift(x_BT: Tensor) -> Tensor:
-    """One position later; position 0 keeps its own."""
-    return torch.cat((x_BT[:, :1], x_BT[:, :-1]), dim=1)
-
-
 def rotate(x_BTHK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate adjacent pairs of the first half of the head's dims; the other half stays.
-
-    cos, sin: [T, 1, K / 4]; paired heads bring x as [B, T, H/2, 2, K] and tables [T, 1, 2, K / 4].
-    """
+    """Rotate adjacent pairs of the first half of the head's dims by angles [T, 1, (2 if paired,) K / 4]."""
     turning, still = x_BTHK.chunk(2, dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos_TK + odd * sin_TK, odd * cos_TK - even * sin_TK), dim=-1)
@@ -817,9 +745,7 @@ def scalar_layout(num_layers: int) -> tuple[dict[str, slice], Tensor]:
     return slices, init
 
 
-# --------------------------------------------------------------------------------------------------------
-# 6. model
-
+# 6. model -----------------------------------------------------------------------------------------------
 VAL_ROWS = 32768  # rows of logits at a time in evaluation: 3.3 GB in bf16
 
 
@@ -842,8 +768,7 @@ class GPT(nn.Module):
             "mlp_bank": torch.zeros(mlp_rows, 2, r.hidden_dim, r.model_dim),  # c_fc and, transposed, c_proj
             "scalars": scalars,
             **{f"ve{i}": torch.zeros(cfg.padded_vocab, r.model_dim) for i in range(3)},
-            "smear_gate": torch.zeros(1, GATE_DIM),
-            "skip_gate": torch.zeros(1, GATE_DIM),
+            **{name: torch.zeros(1, GATE_DIM) for name in ("smear_gate", "skip_gate")},
             "attn_gate_bank": torch.zeros(len(attending), r.num_heads, GATE_DIM),
             "ve_gate_bank": torch.zeros(len(value_layers), r.num_heads, GATE_DIM),
             "x0_lambdas": torch.zeros(len(r.layers)),
@@ -888,8 +813,8 @@ class GPT(nn.Module):
             cos, sin = (table[:T].unsqueeze(1) for table in (self.cos, self.sin))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if layer.key_offset:
-            turning, still = k.chunk(2, dim=-1)
-            k = torch.cat((turning, shift(still)), dim=-1)
+            turning, still = k.chunk(2, dim=-1)  # the half that does not rotate comes from one token before
+            k = torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
         cu_seqlens, max_seq_len = (2 * x if paired else x for x in docs)
         window = knobs.long if layer.window == "long" else knobs.short
         limits = cu_seqlens, max_seq_len, window, knobs.scale, r.max_window
@@ -971,9 +896,7 @@ def flops_per_token(cfg: Config) -> float:
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
-# --------------------------------------------------------------------------------------------------------
-# 7. update rules: tensors in, tensors changed in place
-
+# 7. update rules: tensors in, tensors changed in place --------------------------------------------------
 POLAR_COEFFICIENTS = (  # five steps, cushion 2, safety 2e-2; source: arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1011,21 +934,18 @@ def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.int16)
 
 
+# fmt: off
 def normuon_step(
-    p_MRC: Tensor,  # updated in place; bf16 with `low`, or float32
+    p_MRC: Tensor,           # updated in place; bf16 with `low`, or float32
     low_MRC: Tensor | None,  # int16: the bits of a float32 parameter that bf16 leaves out
     grad_MRC: Tensor,
-    momentum_MRC: Tensor,  # float32 state
-    second_MR1: Tensor,  # float32 state: running mean square of each row (column, where columns are more)
-    lr_M11: Tensor,  # float32, spectral norm of the step of each matrix
-    decay: Tensor,  # 0-D: weight decay times the learning rate before matrix multipliers
-    mu: Tensor,  # 0-D CPU float32, so that a new value does not recompile
+    momentum_MRC: Tensor,    # float32 state
+    second_MR1: Tensor,      # float32 state: running mean square of rows, or of columns where they are more
+    lr_M11: Tensor,          # float32, spectral norm of the step of each matrix
+    decay: Tensor, mu: Tensor,  # 0-D CPU float32, so that new values do not recompile; decay is before lr_mul
     beta2: float,
 ) -> None:
-    """One NorMuon update of M stacked matrices with Nesterov momentum and cautious decoupled decay.
-
-    Source: arXiv 2510.05491; polar step arXiv 2505.16932; cautious decay arXiv 2510.12402.
-    """
+    """One NorMuon update with cautious decay. Source: arXiv 2510.05491; 2505.16932; decay 2510.12402."""
     g = grad_MRC.float()
     momentum_MRC.copy_(mu * momentum_MRC + (1 - mu) * g)
     o = polar_express((1 - mu) * g + mu * momentum_MRC, p_MRC.dtype).float()
@@ -1035,7 +955,7 @@ def normuon_step(
     second_MR1.lerp_(square, 1 - beta2)
     scale = second_MR1.clamp_min(1e-10).rsqrt()
     norms = [
-        x.sum(dim=(-2, -1), keepdim=True).mul(o.shape[dim]).sqrt() for x in (square, square * scale.square())
+        x.sum((-2, -1), keepdim=True).mul(o.shape[dim]).sqrt() for x in (square, square * scale.square())
     ]
     o = o * (scale * (norms[0] / norms[1].clamp_min(1e-10)))
     p = p_MRC if low_MRC is None else join_float32(p_MRC, low_MRC)
@@ -1049,14 +969,11 @@ def normuon_step(
 
 
 def adam_step(
-    p: Tensor,  # flat, updated in place
+    p: Tensor,             # flat, updated in place
     grad: Tensor,
-    m: Tensor,  # float32 state
-    v: Tensor,  # float32 state
-    step_size: Tensor,  # 0-D: learning rate times the bias correction
-    decay: Tensor,  # 0-D: weight decay times the squared learning rate
-    beta1: Tensor,  # 0-D CPU float32, like all values that differ between parameters: one graph does for them
-    beta2: Tensor,
+    m: Tensor, v: Tensor,  # float32 state
+    # 0-D CPU float32, so that one graph does for all: lr times bias correction, weight decay times lr squared
+    step_size: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor,
     eps: float,
 ) -> None:
     """One Adam update with cautious decoupled decay. Source: arXiv 1412.6980; decay arXiv 2510.12402."""
@@ -1065,12 +982,10 @@ def adam_step(
     v.copy_(beta2 * v + (1 - beta2) * g.square())
     u = step_size * m / (v.sqrt() + eps)
     p.copy_(p32 - (u + decay * p32 * (u * p32 > 0)))
+# fmt: on
 
 
-# --------------------------------------------------------------------------------------------------------
-# 8. optimizer: state, communication, order
-
-
+# 8. optimizer: state, communication, order --------------------------------------------------------------
 class Shard:
     """This rank's rows of a parameter, and the moves of its gradient and of its new value."""
 
@@ -1080,14 +995,14 @@ class Shard:
         self.is_replicated = not is_sharded and ranks.world_size > 1
         self.rows = -(-len(full) // self.world_size)
         self.first = self.rows * ranks.rank if is_sharded else 0
-        self.is_padded = self.rows * self.world_size != len(full)
+
+    def pad(self, rows: Tensor, count: int) -> Tensor:
+        missing = count - len(rows)
+        return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
     def own(self, full: Tensor) -> Tensor:
-        """This rank's rows of `full`: a view, or a zero-padded copy where the rows do not divide."""
-        rows = full[self.first : self.first + self.rows]
-        if not self.is_padded:
-            return rows
-        return torch.cat((rows, rows.new_zeros(self.rows - len(rows), *rows.shape[1:])))
+        """This rank's rows of `full`: a view, or a zero-padded copy where they run out."""
+        return self.pad(full[self.first : self.first + self.rows], self.rows)
 
     def reduce(self, grad: Tensor) -> tuple[dist.Work | None, Tensor]:
         """Start summing the gradient over ranks; (what to wait for, where this rank's rows will be)."""
@@ -1096,24 +1011,24 @@ class Shard:
             return dist.all_reduce(grad, async_op=True), grad
         if self.world_size == 1:
             return None, grad
-        if self.is_padded:
-            padding = grad.new_zeros(self.rows * self.world_size - len(grad), *grad.shape[1:])
-            grad = torch.cat((grad, padding))
         mine = grad.new_empty(self.rows, *grad.shape[1:])
-        return dist.reduce_scatter_tensor(mine, grad, async_op=True), mine
+        return dist.reduce_scatter_tensor(
+            mine, self.pad(grad, self.rows * self.world_size), async_op=True
+        ), mine
 
     def gather(self, mine: Tensor, out: Tensor) -> Callable[[], None]:
         """Start collecting all ranks' rows into `out`; call the result to finish."""
         if self.world_size == 1:
             return lambda: None
-        whole = out.new_empty(self.rows * self.world_size, *out.shape[1:]) if self.is_padded else out
+        is_padded = self.rows * self.world_size != len(out)
+        whole = out.new_empty(self.rows * self.world_size, *out.shape[1:]) if is_padded else out
         # NCCL has no 16-bit integers; gathering moves bits, whatever they are called.
         wire = [x.view(torch.bfloat16) if x.dtype == torch.int16 else x for x in (whole, mine.contiguous())]
         work = dist.all_gather_into_tensor(*wire, async_op=True)
 
         def finish() -> None:
             work.wait()
-            if self.is_padded:
+            if is_padded:
                 out.copy_(whole[: len(out)])
 
         return finish
@@ -1121,21 +1036,16 @@ class Shard:
 
 def check_params(names: Sequence[str]) -> None:
     table = [row.name for row in PARAMS]
-    wrong = {
-        "duplicate": sorted({n for n in table if table.count(n) > 1}),
-        "missing": sorted(set(names) - set(table)),
-        "extra": sorted(set(table) - set(names)),
-    }
-    if any(wrong.values()):
-        raise ValueError(f"PARAMS does not match the model: {wrong}")
+    twice = sorted({name for name in table if table.count(name) > 1})
+    missing, extra = sorted(set(names) - set(table)), sorted(set(table) - set(names))
+    if twice or missing or extra:
+        raise ValueError(
+            f"PARAMS does not match the model: duplicate {twice}, missing {missing}, extra {extra}"
+        )
 
 
 class NorMuonAndAdam:
-    """Both optimizers, one object: it knows parameters only as rows of PARAMS.
-
-    Reductions start in table order; updates run in `work` order while later reductions are under way; the new
-    values are gathered behind them. No hooks.
-    """
+    """Both optimizers; knows parameters only as rows of PARAMS: sent in table order, updated in work order."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, ranks: Ranks, compiler: Callable) -> None:
         self.params, self.recipe = dict(model.named_parameters()), recipe
@@ -1158,10 +1068,8 @@ class NorMuonAndAdam:
             self.state[row.name] = {"m": zeros(mine.shape), "v": zeros(mine.shape)}
             return
         M, R, C = mine.shape
-        self.state[row.name] = {
-            "momentum": zeros(M, R, C),
-            "second": zeros((M, R, 1) if R >= C else (M, 1, C)),
-        }
+        second = (M, R, 1) if R >= C else (M, 1, C)
+        self.state[row.name] = {"momentum": zeros(M, R, C), "second": zeros(second)}
         if mine.dtype == torch.bfloat16:
             self.state[row.name]["low"] = zeros(M, R, C, dtype=torch.int16)
         muls = [row.lr_mul[i % len(row.lr_mul)] for i in range(shard.first, shard.first + M)]
@@ -1171,11 +1079,9 @@ class NorMuonAndAdam:
     def step(self, sched: Sched) -> None:
         """Reduce, update and share every parameter that is due; clear the gradients that were used."""
         due = [row for row in PARAMS if row.optim == "normuon" or sched.is_adam_step]
-        due_names = {row.name for row in due}
         reductions = {}
         for row in due:
-            follower = self._follower(row)
-            if follower:
+            if follower := self._follower(row):
                 kernels.transpose_add(self.params[row.name].grad, self.params[follower].grad)
             if not (row.tied_to and self.is_tied):
                 reductions[row.name] = self.shards[row.name].reduce(self.params[row.name].grad)
@@ -1192,8 +1098,8 @@ class NorMuonAndAdam:
                 kernels.transpose_copy(self.params[follower], self.params[row.name])
         if self.is_tied and sched.step >= self.recipe.split_step:
             self._untie()
-        for name in due_names:
-            self.params[name].grad = None
+        for row in due:
+            self.params[row.name].grad = None
 
     def _follower(self, row: Param) -> str | None:
         """The parameter that is a transposed copy of this one at present."""
@@ -1247,10 +1153,7 @@ class NorMuonAndAdam:
                 x.copy_(self.shards[name].own(saved["tensors"][name][key].to(x.device)))
 
 
-# --------------------------------------------------------------------------------------------------------
-# 9. run: build, warm up, validate, train
-
-
+# 9. run: build, warm up, validate, train ----------------------------------------------------------------
 @dataclass(kw_only=True, slots=True)
 class Job:
     """Everything a run needs, made by `build`."""
@@ -1284,24 +1187,24 @@ class Job:
             atomically(path, lambda temporary: torch.save(saved, temporary))
             self.log.say(f"checkpoint: step {step} in {path}")
 
-    def resume(self, path: Path) -> None:
-        """Continue where a checkpoint was written; only tensors and plain values are unpickled."""
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            found, wanted = (saved["recipe"], saved["data"]), (self.cfg.recipe.name, self.corpus.sha256)
-            if found == wanted:
-                self.model.load_state_dict(saved["model"])
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.first_step, self.clock.elapsed_ms = saved["step"], saved["train_ms"]
-        except Exception as error:  # whatever a foreign file makes torch.load raise
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise InputError(
-                f"checkpoint {path} cannot be used ({reason}); name one of this trainer"
-            ) from None
-        if found != wanted:
-            raise InputError(
-                f"checkpoint {path} is of recipe and data {found}, this run of {wanted}; use those"
-            )
+    def restore(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.first_step, self.clock.elapsed_ms = saved["step"], saved["train_ms"]
+
+
+def read_checkpoint(path: Path, recipe: Recipe, corpus: Corpus) -> dict:
+    """A checkpoint of this recipe and data; only tensors and plain values are unpickled."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["recipe"], saved["data"]
+    except Exception as error:  # whatever a foreign file makes torch.load raise
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise InputError(f"checkpoint {path} is not one of this trainer ({reason}); name another") from None
+    wanted = recipe.name, corpus.sha256
+    if found != wanted:
+        raise InputError(f"checkpoint {path} is of recipe and data {found}, this run of {wanted}; use those")
+    return saved
 
 
 def compiler_for(recipe: Recipe, device: torch.device, log: Log) -> Callable:
@@ -1331,7 +1234,7 @@ def warm_up(job: Job) -> None:
     model, optimizer = {k: v.clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
     per_rank, first, began = cfg.slots // job.ranks.world_size, 0, time.perf_counter()
     for number, stage in enumerate(r.stages, start=1):
-        # An even and an odd step of each stage, and the step that unties embedding and head.
+        # An even and an odd step, and the one that unties embedding and head.
         for step in sorted({first & ~1, first | 1} | ({r.split_step} if first else set())):
             sched, slot_tokens = at(r, step), stage.batch_tokens // cfg.slots
             size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
@@ -1365,12 +1268,8 @@ def validate(job: Job, sched: Sched, limit: int | None = None) -> tuple[float, f
     return nats / val.num_tokens, nats / math.log(2) / val.num_bytes
 
 
-class Diverged(Exception):
-    """The loss is not a number any more."""
-
-
-class Stopped(Exception):
-    """A signal asked for the end."""
+class Ended(Exception):
+    """The run ends before its schedule does; its arguments are the log's status and the exit code."""
 
 
 class StopRequest:
@@ -1383,23 +1282,18 @@ class StopRequest:
 
     def _handle(self, number: int, frame: object) -> None:
         if self.is_set or not self.in_loop:
-            raise Stopped(f"start or within a step: {signal.Signals(number).name}")
+            raise Ended(f"interrupted at {'an unfinished step' if self.in_loop else 'the start'}", 130)
         self.is_set = True
 
 
 class Monitor:
-    """Losses and stop requests of every step, agreed on by all ranks, as log lines and one live line.
-
-    They are read `lag` steps later, so that no step waits for the device.
-    """
+    """Losses and stop requests, agreed on by all ranks, read `lag` steps later so that no step waits."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.recipe, self.device = job, job.cfg.recipe, job.ranks.device
-        self.lag, self.waiting, self.recent = (
-            2 if self.device.type == "cuda" else 0,
-            deque(),
-            deque(maxlen=20),
-        )
+        self.lag = 2 if self.device.type == "cuda" else 0
+        self.waiting, self.recent = deque(), deque(maxlen=20)
+        self.tokens = [stage.batch_tokens for stage in self.recipe.stages for _ in range(stage.steps)]
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0)
         self.peak_tokens_s = peak * job.ranks.world_size / flops_per_token(job.cfg)
@@ -1419,68 +1313,26 @@ class Monitor:
             step, values, event = self.waiting.popleft()
             if event:
                 event.synchronize()
-            tokens = self._tokens(step)
-            loss, stop = (values / torch.tensor([tokens, 1])).tolist()
+            loss, stop = (values / torch.tensor([self.tokens[step], 1])).tolist()
             if not math.isfinite(loss):
-                raise Diverged(f"step {step + 1}: training loss is {loss}")
+                raise Ended(f"diverged at step {step + 1}: training loss is {loss}", 3)
             wants_stop |= bool(stop)
-            self._report(step + 1, loss, tokens)
+            self._report(step + 1, loss)
         return wants_stop
 
-    def _tokens(self, step: int) -> int:
-        return self.recipe.stages[stage_of(self.recipe, step)[0]].batch_tokens
-
-    def _report(self, done: int, loss: float, tokens: int) -> None:
+    def _report(self, done: int, loss: float) -> None:
         total, ms = self.recipe.total_steps, self.job.clock.ms()
         self.job.log.step(f"{done}/{total} train_loss:{loss:.4f}", ms, done)
-        self.recent.append((ms, tokens))
+        self.recent.append((ms, self.tokens[done - 1]))
         if len(self.recent) > 1:
             span = self.recent[-1][0] - self.recent[0][0]
             rate = 1000 * sum(n for _, n in list(self.recent)[1:]) / max(span, 1e-3)
-            eta = sum(map(self._tokens, range(done, total))) / rate
+            eta = sum(self.tokens[done:]) / rate
             mfu = f"{rate / self.peak_tokens_s:.1%}" if self.peak_tokens_s else "-"
             self.job.log.progress(
                 f"step {done}/{total} | loss {loss:.4f} | {span / (len(self.recent) - 1):.1f} ms/step | "
                 f"{rate:,.0f} tokens/s | MFU {mfu} | ETA {eta:.0f} s | {peak_memory(self.device)[0]:,} MiB"
             )
-
-
-def train(job: Job, stop: StopRequest) -> dict[str, object]:
-    """The timed loop; the result that goes into the JSON twin."""
-    r, clock, monitor, stage = job.cfg.recipe, job.clock, Monitor(job), None
-    stop.in_loop = True
-    clock.start()
-    stream = batches(job.cfg, job.ranks, job.corpus, job.max_docs, job.first_step)
-    for step in range(job.first_step, r.total_steps + 1):
-        sched = at(r, step)
-        if sched.stage != stage:
-            stage = sched.stage
-            job.model.set_rotary(yarn(r, stage)[0])
-        if step == r.total_steps or step % r.val_every == 0:
-            with clock.paused():
-                monitor.drain(everything=True)
-                loss, bpb = validate(job, sched)
-                job.log.step(
-                    f"{step}/{r.total_steps} val_loss:{loss:.4f}", clock.ms(), step, f"val_bpb:{bpb:.4f}"
-                )
-                if not math.isfinite(loss):
-                    raise Diverged(f"step {step}: validation loss is {loss}")
-        if step == r.total_steps:
-            break
-        knobs = job.knobs(sched)
-        losses = [forward_backward(job, micro, knobs) for micro in next(stream)]
-        job.optimizer.step(sched)
-        monitor.put(step, torch.stack(losses).sum(), stop.is_set)
-        is_last = monitor.drain()
-        if job.checkpoint_every and (is_last or (step + 1) % job.checkpoint_every == 0):
-            with clock.paused():
-                job.save(step + 1)
-        if is_last:
-            raise Stopped(f"step {step + 1}: asked to by a signal")
-    allocated, reserved = peak_memory(job.ranks.device)
-    job.log.say(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-    result = {"val_loss": loss, "val_bpb": bpb, "train_time_ms": clock.ms(), "steps": r.total_steps}
-    return {**result, "peak_memory_mib": allocated}
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:
@@ -1491,38 +1343,64 @@ def peak_memory(device: torch.device) -> tuple[int, int]:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
 
 
+def train(job: Job, stop: StopRequest) -> dict[str, object]:
+    """The timed loop; the result that goes into the JSON twin."""
+    r, clock, monitor, stage = job.cfg.recipe, job.clock, Monitor(job), None
+    last = r.total_steps
+    stop.in_loop = True
+    clock.start()
+    stream = batches(job.cfg, job.ranks, job.corpus, job.max_docs, job.first_step)
+    for step in range(job.first_step, last + 1):
+        sched = at(r, step)
+        if sched.stage != stage:
+            stage = sched.stage
+            job.model.set_rotary(yarn(r, stage)[0])
+        if step == last or step % r.val_every == 0:
+            with clock.paused():
+                monitor.drain(everything=True)
+                loss, bpb = validate(job, sched)
+                job.log.step(f"{step}/{last} val_loss:{loss:.4f}", clock.ms(), step, f" val_bpb:{bpb:.4f}")
+                if not math.isfinite(loss):
+                    raise Ended(f"diverged at step {step}: validation loss is {loss}", 3)
+        if step == last:
+            break
+        knobs = job.knobs(sched)
+        losses = [forward_backward(job, micro, knobs) for micro in next(stream)]
+        job.optimizer.step(sched)
+        monitor.put(step, torch.stack(losses).sum(), stop.is_set)
+        is_last = monitor.drain()
+        if job.checkpoint_every and (is_last or (step + 1) % job.checkpoint_every == 0):
+            with clock.paused():
+                job.save(step + 1)
+        if is_last:
+            raise Ended(f"interrupted at step {step + 1}: asked to by a signal", 130)
+    allocated, reserved = peak_memory(job.ranks.device)
+    job.log.say(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    figures = {"val_loss": loss, "val_bpb": bpb, "train_time_ms": clock.ms()}
+    return {**figures, "steps": last, "peak_memory_mib": allocated}
+
+
 def describe(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -> dict[str, object]:
     """The conditions of a run, as the log's header states them."""
-    status = output_of("git", "-C", str(PROJECT), "status", "--porcelain")
+    status, git = output_of("git", "-C", str(PROJECT), "status", "--porcelain"), ("git", "-C", str(PROJECT))
     return {
-        "run_id": uuid.uuid4(),
-        "host": socket.gethostname(),
-        **machine_lines(ranks.device),
-        "commit": output_of("git", "-C", str(PROJECT), "rev-parse", "HEAD") or "unknown",
+        "run_id": uuid.uuid4(), "host": socket.gethostname(), **machine_lines(ranks.device),
+        "commit": output_of(*git, "rev-parse", "HEAD") or "unknown",
         "dirty": "unknown" if status is None else str(bool(status)).lower(),
-        "data": f"sha256={corpus.sha256}",
-        "recipe": cfg.recipe.name,
-        "seed": args.seed,
-        "world_size": ranks.world_size,
-        "slots": cfg.slots,
-        "dtype": str(cfg.dtype).removeprefix("torch."),
-        "attention": cfg.attention,
-        "fp8_head": str(cfg.fp8_head).lower(),
-        "target": cfg.recipe.target,
+        "data": f"sha256={corpus.sha256}", "recipe": cfg.recipe.name, "seed": args.seed,
+        "world_size": ranks.world_size, "slots": cfg.slots, "dtype": str(cfg.dtype).removeprefix("torch."),
+        "attention": cfg.attention, "fp8_head": str(cfg.fp8_head).lower(), "target": cfg.recipe.target,
         **({"resumed": args.resume} if args.resume else {}),
-        "command": " ".join(sys.argv),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+        "command": " ".join(sys.argv), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
 
 
 def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[Config, list[str]]:
     """The Config, and the lines that say what the machine decided."""
     recipe, lines = RECIPES[args.recipe], []
     if recipe.tokenizer and corpus.tokenizer != recipe.tokenizer:
-        raise InputError(
-            f"recipe {recipe.name} is defined for {recipe.tokenizer} tokens, {args.data} holds "
-            f"{corpus.tokenizer}; prepare the text with data/prepare.py --tokenizer {recipe.tokenizer}"
-        )
+        found = f"recipe {recipe.name} is defined for {recipe.tokenizer} tokens, these are {corpus.tokenizer}"
+        raise InputError(f"{found}; prepare the text with data/prepare.py --tokenizer {recipe.tokenizer}")
     slots = packing(recipe, ranks.world_size)
     if slots != recipe.slots:
         lines.append(f"packing: {slots} slots instead of {recipe.slots}, documents are cut in other places")
@@ -1534,83 +1412,69 @@ def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[C
     has_fp8, reason = kernels.fp8_available(ranks.device)
     if recipe.fp8_head and not has_fp8:
         lines.append(f"head: {str(dtype).removeprefix('torch.')} instead of FP8 ({reason})")
-    cfg = Config(
-        recipe=recipe, vocab_size=corpus.vocab_size, bos_id=corpus.bos_id, slots=slots, dtype=dtype,
-        attention=backend, fp8_head=recipe.fp8_head and has_fp8,
-    )  # fmt: skip
-    return cfg, lines
+    return Config(
+        recipe=recipe, vocab_size=corpus.vocab_size, slots=slots, dtype=dtype, attention=backend,
+        fp8_head=recipe.fp8_head and has_fp8,
+    ), lines  # fmt: skip
 
 
-def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus, log: Log) -> Job:
-    """Model, optimizer and data on this rank's device."""
-    r, max_docs = cfg.recipe, round_up(check_train_data(cfg.recipe, cfg.slots, corpus), 64)
-    val = ValSet.read(r, corpus, ranks)
-    compiler = compiler_for(r, ranks.device, log)
+def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus, log: Log, **inputs) -> Job:
+    """Model, optimizer and schedule on this rank's device."""
+    r, compiler = cfg.recipe, compiler_for(cfg.recipe, ranks.device, log)
     model = GPT(cfg, args.seed).to(ranks.device)
-    job = Job(
+    return Job(
         cfg=cfg, ranks=ranks, corpus=corpus, log=log, model=model, forward=compiler(model, dynamic=False),
-        optimizer=NorMuonAndAdam(model, r, ranks, compiler), val=val, max_docs=max_docs,
+        optimizer=NorMuonAndAdam(model, r, ranks, compiler), clock=Clock(ranks.device),
         mtp_SK=torch.tensor([at(r, step).mtp for step in range(r.total_steps + 1)]).to(ranks.device),
-        clock=Clock(ranks.device), checkpoint_every=args.checkpoint_every,
+        checkpoint_every=args.checkpoint_every, **inputs,
     )  # fmt: skip
-    if args.resume:
-        job.resume(args.resume)
-    return job
 
 
 def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
-    """One run from arguments to closing line; the exit code."""
+    """One run, arguments to closing line; the exit code. All input is checked before the log is opened."""
     corpus = Corpus.open(args.data)
     cfg, lines = configure(args, ranks, corpus)
-    log, result = Log(args.out, is_master=ranks.rank == 0), {}
+    max_docs = round_up(check_train_data(cfg.recipe, cfg.slots, corpus), 64)
+    inputs = {"max_docs": max_docs, "val": ValSet.read(cfg.recipe, corpus, ranks)}
+    saved = read_checkpoint(args.resume, cfg.recipe, corpus) if args.resume else None
+    log, began = Log(args.out, is_master=ranks.rank == 0), time.perf_counter()
     try:
-        log.header(
-            [Path(__file__).resolve(), Path(kernels.__file__).resolve()], describe(args, cfg, ranks, corpus)
-        )
-        for line in lines:
-            log.say(line)
+        sources = [Path(file).resolve() for file in (__file__, kernels.__file__)]
+        log.header(sources, describe(args, cfg, ranks, corpus))
+        log.say("\n".join(lines))
         with ranks.process_group():
-            began = time.perf_counter()
-            job = build(args, cfg, ranks, corpus, log)
+            job = build(args, cfg, ranks, corpus, log, **inputs)
             warm_up(job)
             log.say(f"warm-up: done after {time.perf_counter() - began:.1f} s")
-            result = train(job, stop)
-        log.close("done", result)
+            if saved:
+                job.restore(saved)
+            log.close("done", train(job, stop))
         return 0
-    except Diverged as error:
-        log.close(f"diverged at {error}", result)
-        return 3
-    except Stopped as error:
-        log.close(f"interrupted at {error}", result)
-        return 130
+    except Ended as end:
+        log.close(end.args[0], {})
+        return end.args[1]
     except BaseException as error:
-        log.close(f"crashed: {type(error).__name__}: {error}".split("\n")[0], result)
+        log.close(f"crashed: {type(error).__name__}: {error}".split("\n")[0], {})
         raise
 
 
-# --------------------------------------------------------------------------------------------------------
-# 10. main
-
-
+# 10. main -----------------------------------------------------------------------------------------------
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    sizes = (
-        f"{r.name}: {r.total_steps} steps, {r.train_tokens / 1e6:.1f} M tokens" for r in RECIPES.values()
-    )
+    sizes = (f"{r.name} {r.total_steps} steps, {r.train_tokens / 1e6:.1f} M tokens" for r in RECIPES.values())
     parser = argparse.ArgumentParser(
         prog="train_gpt.py",
         description=__doc__.split("\n\n")[0],
-        epilog=f"Recipes: {'; '.join(sizes)}; their tables are in section 1 of this file. "
-        "Exit codes: 0 done, 2 bad input, 3 diverged, 130 stopped by a signal. Also runs under torchrun.",
+        epilog=f"Recipes (section 1 of this file): {'; '.join(sizes)}. Exit codes: 0 done, 2 bad input, "
+        "3 diverged, 130 stopped by a signal. Also runs under torchrun.",
     )
-    default = "short" if torch.cuda.is_available() else "tiny"
-    add = parser.add_argument
+    add, default = parser.add_argument, "short" if torch.cuda.is_available() else "tiny"
     add("--recipe", default=default, help=f"one of {', '.join(RECIPES)}; default short with a GPU, else tiny")
     add("--data", type=Path, help="folder of shards; default data/default for tiny, else data/fineweb10B")
     add("--out", type=Path, help="log file to write; default logs/<recipe>/<run id>.txt")
     add("--seed", type=int, default=1, help="of the initial parameters; default 1")
     add("--resume", type=Path, metavar="CKPT", help="continue from this checkpoint")
     add(
-        "--checkpoint-every", type=int, default=0, metavar="N", help="steps, beside the log; default 0, never"
+        "--checkpoint-every", type=int, default=0, metavar="N", help="steps; written beside the log; 0: never"
     )
     args = parser.parse_args(argv)
     if args.recipe not in RECIPES:
