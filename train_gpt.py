@@ -469,8 +469,8 @@ class Corpus:
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
         """Read and check the manifest and every shard's header and size (not its content)."""
-        path, default = folder / "manifest.json", folder == PROJECT / "data" / "default"
-        remedy = f"make it with data/prepare.py{' --default' if default else ' or data/fineweb.py'}"
+        path, is_default = folder / "manifest.json", folder == PROJECT / "data" / "default"
+        remedy = f"make it with data/prepare.py {'--default' if is_default else 'or data/fineweb.py'}"
         if not path.is_file():
             raise InputError(f"no manifest.json in {folder}, so there is no prepared data there; {remedy}")
         try:
@@ -480,18 +480,18 @@ class Corpus:
             tokens = {row["file"]: row["tokens"] for s in ("train", "val") for row in splits[s]["shards"]}
             train, val = (tuple(sorted(folder.glob(f"*_{s}_*.bin"))) for s in ("train", "val"))
             corpus = cls(train, val, tok["vocab_size"], tok["bos_id"], tok["kind"], table, digest)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"manifest {path} cannot be used ({reason}); {remedy}") from None
+        except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+            raise InputError(f"manifest {path}: {type(error).__name__}: {error}; {remedy}") from None
         different = sorted({f.name for f in train + val} ^ set(tokens))
         if different or not train or not val:
             raise InputError(
-                f"{folder}: manifest and shards differ ({different[:3] or 'none there'}); {remedy}"
+                f"{folder}: manifest and shards differ ({different[:3] or 'no shards'}); {remedy}"
             )
         for shard in train + val:
             check_shard(shard, tokens[shard.name])
-        if len(table) != corpus.vocab_size or not 0 <= corpus.bos_id < corpus.vocab_size <= 65536:
-            found = f"vocab_size {corpus.vocab_size}, bos_id {corpus.bos_id}, byte table of {len(table)}"
+        vocab, bos, entries = corpus.vocab_size, corpus.bos_id, len(table)
+        if not (isinstance(vocab, int) and isinstance(bos, int) and 0 <= bos < vocab == entries <= 65536):
+            found = f"vocab_size {vocab}, bos_id {bos}, byte table of {entries}"
             raise InputError(f"manifest {path} contradicts itself: {found}; {remedy}")
         return corpus
 
@@ -520,7 +520,9 @@ def map_shard(path: Path) -> np.ndarray:
 
 def check_tokens(tokens: np.ndarray, corpus: Corpus, path: Path) -> None:
     if len(tokens) and int(tokens.max()) >= corpus.vocab_size:
-        raise InputError(f"{path} holds token {tokens.max()}, its manifest's vocabulary {corpus.vocab_size}")
+        raise InputError(
+            f"{path} holds token {tokens.max()}, its vocabulary ends at {corpus.vocab_size}; prepare again"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -599,10 +601,10 @@ def batch_bounds(recipe: Recipe, slots: int, corpus: Corpus) -> Iterator[tuple[D
                     cursor, done = bounds[-1], done + 1
                     if (slot_tokens := next(steps, None)) is None:
                         return
-    cuts = f"after documents are cut at {recipe.max_seq_len} and at slot ends"
     raise InputError(
         f"the training shards last for {done} of {recipe.total_steps} steps: recipe {recipe.name} needs "
-        f"{recipe.train_tokens:,} tokens {cuts}, they hold {sum(map(check_shard, corpus.train)):,}: add some"
+        f"{recipe.train_tokens:,} tokens after documents are cut at {recipe.max_seq_len} and at slot ends, "
+        f"they hold {sum(map(check_shard, corpus.train)):,}; add shards"
     )
 
 
@@ -909,7 +911,7 @@ POLAR_COEFFICIENTS = (  # five steps, cushion 2, safety 2e-2; source: arXiv 2505
 def polar_express(u_MRC: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest semi-orthogonal matrix to each of M matrices, roughly: singular values go to about 1.
 
-    Error: singular values in [0.7, 1.2] where they were at least 1e-3 of the norm (test_optim.py).
+    Error: singular values in (0.83, 1.15) where they were at least 1e-3 of the norm (test_optim.py).
     Source: arXiv 2505.16932. Computed in `dtype`.
     """
     x = u_MRC.to(dtype)
@@ -941,7 +943,7 @@ def normuon_step(
     grad_MRC: Tensor,
     momentum_MRC: Tensor,    # float32 state
     second_MR1: Tensor,      # float32 state: running mean square of rows, or of columns where they are more
-    lr_M11: Tensor,          # float32, spectral norm of the step of each matrix
+    lr_M11: Tensor,          # float32; about the root mean square singular value of the step
     decay: Tensor, mu: Tensor,  # 0-D CPU float32, so that new values do not recompile; decay is before lr_mul
     beta2: float,
 ) -> None:
@@ -1045,7 +1047,7 @@ def check_params(names: Sequence[str]) -> None:
 
 
 class NorMuonAndAdam:
-    """Both optimizers; knows parameters only as rows of PARAMS: sent in table order, updated in work order."""
+    """Both optimizers. It knows only rows of PARAMS: reduced in table order, updated in `work` order."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, ranks: Ranks, compiler: Callable) -> None:
         self.params, self.recipe = dict(model.named_parameters()), recipe
@@ -1251,7 +1253,6 @@ def warm_up(job: Job) -> None:
     job.optimizer.load_state_dict(optimizer)
     for p in job.model.parameters():
         p.grad = None
-    job.clock.synchronize()
 
 
 @torch.no_grad()

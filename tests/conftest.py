@@ -23,7 +23,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def make_tokens(rng: np.random.Generator, size: int, mean_length: int = 60) -> np.ndarray:
-    """Documents of random length, each beginning with BOS; the text is a Markov chain, so it can be learnt."""
+    """Documents of random length, each beginning with BOS; the text is a Markov chain that can be learnt."""
     tokens = np.empty(size, np.int64)
     at = 0
     while at < size:
@@ -35,7 +35,9 @@ def make_tokens(rng: np.random.Generator, size: int, mean_length: int = 60) -> n
     return tokens
 
 
-def write_corpus(folder: Path, train_sizes: tuple[int, ...] = (30_000, 30_000), val_size: int = 6_000) -> Path:
+def write_corpus(
+    folder: Path, train_sizes: tuple[int, ...] = (30_000, 30_000), val_size: int = 6_000
+) -> Path:
     """A prepared folder as data/prepare.py leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -48,8 +50,13 @@ def write_corpus(folder: Path, train_sizes: tuple[int, ...] = (30_000, 30_000), 
             digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
             count = int((tokens == BOS).sum())
             num_bytes = TOKEN_BYTES * (size - count)
-            rows.append({"file": name, "tokens": size, "documents": count, "bytes": num_bytes, "sha256": digest})
-        splits[split] = {"shards": rows, **{k: sum(r[k] for r in rows) for k in ("tokens", "documents", "bytes")}}
+            rows.append(
+                {"file": name, "tokens": size, "documents": count, "bytes": num_bytes, "sha256": digest}
+            )
+        splits[split] = {
+            "shards": rows,
+            **{k: sum(r[k] for r in rows) for k in ("tokens", "documents", "bytes")},
+        }
     table = np.full(VOCAB, TOKEN_BYTES, np.uint16)
     table[BOS] = 0
     np.save(folder / "token_bytes.npy", table)

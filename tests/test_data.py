@@ -116,7 +116,6 @@ def load(
     cfg = tg.Config(
         recipe=recipe,
         vocab_size=corpus.vocab_size,
-        bos_id=corpus.bos_id,
         slots=recipe.slots,
         dtype=torch.float32,
         attention="reference",
@@ -402,7 +401,11 @@ def test_the_head_index_changes_nothing(tmp_path, nano, monkeypatch, head):
         used.append(head_asked)
         return whole(path, corpus, max_seq_len, head if head_asked else None)
 
-    monkeypatch.setattr(tg.Documents, "index", lambda *a, head=None: index(*a, head))
+    monkeypatch.setattr(
+        tg.Documents,
+        "index",
+        lambda path, corpus, max_seq_len, head=None: index(path, corpus, max_seq_len, head),
+    )
     assert_same(load(recipe, corpus), want)
     assert any(used), "the loader did not ask for a head"
 
