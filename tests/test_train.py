@@ -174,8 +174,10 @@ def test_sources_in_the_log_reproduce_the_files(baseline):
     assert lines[0] == RULE, "something between the sources and the header"
 
 
-def test_sources_are_the_files_that_ran(trainer):
+def test_sources_are_the_files_that_ran(trainer, monkeypatch):
     """Byte for byte; the same text that is on the disk now."""
+    monkeypatch.setattr(tg, "warm_up", lambda job: None)
+    monkeypatch.setattr(tg, "train", lambda job, stop: {})
     before = [(ROOT / name).read_bytes() for name in ("train_gpt.py", "triton_kernels.py")]
     log = trainer("--seed", 3).log.read_bytes()
     after = [(ROOT / name).read_bytes() for name in ("train_gpt.py", "triton_kernels.py")]
@@ -253,15 +255,17 @@ def test_a_seed_repeats_and_another_differs(trainer, baseline):
     again, other = trainer(), trainer("--seed", 2)
     assert (again.code, other.code) == (0, 0)
     assert again.losses == baseline.outcome.losses
+    assert not list(again.log.parent.glob("*.ckpt")), "a checkpoint that nobody asked for"
     assert again.twin["result"]["val_loss"] == baseline.outcome.twin["result"]["val_loss"]
     same = [a == b for a, b in zip(again.losses, other.losses, strict=True)]
     assert not any(same[1:])
 
 
-def test_compare_runs_reads_the_logs(trainer, tmp_path, capfd):
+def test_compare_runs_reads_the_logs(trainer, baseline, tmp_path, capfd):
     arm = tmp_path / "arm"
-    runs = [trainer("--seed", seed, out=arm / f"seed{seed}.txt") for seed in (1, 2)]
-    assert [run.code for run in runs] == [0, 0]
+    runs = [baseline.outcome, trainer("--seed", 2, out=arm / "seed2.txt")]
+    assert runs[1].code == 0
+    shutil.copy(baseline.outcome.log, arm / "seed1.txt")
     code = compare_runs.main([str(arm), "--json", str(tmp_path / "table.json")])
     shown = capfd.readouterr()
     assert code == 0, shown.err
@@ -343,7 +347,7 @@ def test_warm_up_leaves_no_trace(trainer, nano, monkeypatch):
 # --- checkpoints -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("done", [3, 4, 8, 9, 10, 13, 14])
+@pytest.mark.parametrize("done", [3, 8, 10, 13, 14])
 def test_resume_is_bitwise_the_uninterrupted_run(trainer, baseline, done):
     """From even and odd steps, before and after embedding and head are split, and from the end."""
     resumed = trainer("--resume", baseline.checkpoints[done], "--checkpoint-every", 1)
@@ -363,10 +367,8 @@ def test_checkpoints_only_when_asked_for(trainer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg.Job, "save", lambda job, step: (seen.append(step), save(job, step)))
         every = trainer("--checkpoint-every", 5, out=tmp_path / "five" / "log.txt")
-        never = trainer(out=tmp_path / "never" / "log.txt")
     assert seen == [5, 10]
     assert sorted(p.name for p in every.log.parent.iterdir()) == ["log.ckpt", "log.json", "log.txt"]
-    assert sorted(p.name for p in never.log.parent.iterdir()) == ["log.json", "log.txt"]
     assert f"checkpoint: step 10 in {every.log.with_suffix('.ckpt')}" in every.lines
 
 
