@@ -1409,7 +1409,7 @@ def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[C
     backends = kernels.attention_backends(ranks.device, dtype)
     backend = next(name for name, is_usable, _ in backends if is_usable)
     reasons = "; ".join(f"no {name}: {why}" for name, is_usable, why in backends if not is_usable)
-    lines.append(f"attention: {backend}" + (f" ({reasons})" if reasons else ""))
+    lines.append(f"attention backend {backend}" + (f" ({reasons})" if reasons else ""))
     has_fp8, reason = kernels.fp8_available(ranks.device)
     if recipe.fp8_head and not has_fp8:
         lines.append(f"head: {str(dtype).removeprefix('torch.')} instead of FP8 ({reason})")

@@ -1085,8 +1085,10 @@ def _backend_problem(backend: str, device: torch.device, dtype: torch.dtype) -> 
         return f"needs compute capability 9.0, the device has {major}.{minor}"
     try:
         _fa4()
+    except ModuleNotFoundError as error:
+        return f"package flash-attn-4 is not installed (no module {error.name})"
     except Exception as error:  # a compiler stack is behind this import: any failure means "not this backend"
-        return f"import of flash_attn.cute failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        return f"import of flash_attn.cute failed: {type(error).__name__}: {error}".split("\n")[0]
     return ""
 
 
