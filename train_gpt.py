@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,9 +82,7 @@ class Stage:
     short: int  # window in tokens: a query sees itself and this many before it
     long: int
     lr_mul: float
-    mtp: tuple[tuple[float, float], ...] = (
-        (1, 1),
-    )  # (start, end) weight of the next token, the one after...
+    mtp: tuple[tuple[float, float], ...] = ((1, 1),)  # (start, end) weight of the k-th next token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +117,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.num_heads * self.head_dim != self.model_dim or self.num_heads % 2 or self.head_dim % 4:
-            raise ValueError(
-                f"recipe {self.name}: heads must be pairs, fill model_dim, and have 4k dimensions"
-            )
+            raise ValueError(f"recipe {self.name}: heads must be pairs, fill model_dim, have 4k dimensions")
 
     @property
     def scheduled_steps(self) -> int:
@@ -294,19 +291,21 @@ class Ranks:
     @classmethod
     def from_torchrun(cls) -> "Ranks":
         """Read torchrun's environment; a single process where there is none. Starts no process group."""
-        names = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)
-        rank, local, world = (int(os.environ.get(name, default)) for name, default in names)
+        names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
+        given = [os.environ.get(name, default) for name, default in names]
+        if not all(number.isdecimal() for number in given):
+            raise InputError(
+                f"RANK, LOCAL_RANK, WORLD_SIZE are {given}; they must be numbers, as torchrun sets"
+            )
+        rank, local, world = map(int, given)
         if not torch.cuda.is_available():
             return cls(rank, local, world, torch.device("cpu"))
         count = torch.cuda.device_count()
         if local >= count:
-            raise InputError(
-                f"local rank {local} has no GPU of this host's {count}: --nproc_per_node={count}"
-            )
+            raise InputError(f"local rank {local} has no GPU among {count}; --nproc_per_node={count}")
         return cls(rank, local, world, torch.device("cuda", local))
 
     def sum(self, values: Tensor) -> Tensor:
-        """All-reduce in place; the same tensor comes back."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -350,8 +349,13 @@ class Log:
         self.path, self.is_master = path, is_master
         self.file, self.meta, self.live = None, {}, ""
         if is_master:
+            beside = [path.with_suffix(suffix) for suffix in (".json", ".ckpt")]
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if path in beside or any(other.exists() for other in beside):
+                    raise FileExistsError(
+                        0, f"it or {beside[0].name} or {beside[1].name} would be overwritten"
+                    )
                 self.file = path.open("x", encoding="utf-8")
             except OSError as error:  # FileExistsError too: a log is never overwritten
                 raise InputError(f"log {path}: {error.strerror}; name another with --out") from None
@@ -362,7 +366,6 @@ class Log:
             self.file.flush()
 
     def say(self, text: str) -> None:
-        """To the log and to the terminal."""
         self.write(text)
         if self.is_master:
             self._print(f"\r\033[K{text}\n" if self.live else f"{text}\n")
@@ -381,7 +384,6 @@ class Log:
             sys.stdout = open(os.devnull, "w")
 
     def header(self, sources: Sequence[Path], meta: dict[str, object]) -> None:
-        """Everything that is needed to know, and to repeat, what ran."""
         self.meta = {key: str(value) for key, value in meta.items()}
         for path in sources:
             source = path.read_bytes()
@@ -390,12 +392,8 @@ class Log:
             self.write("\n".join([f"#### source {path.name} sha256={digest} lines={len(lines)}", *lines]))
         triton = getattr(kernels.triton, "__version__", None)
         python = sys.version.replace("\n", " ")
-        pytorch = f"{torch.__version__} compiled for CUDA {torch.version.cuda}"
-        versions = (
-            f"Running Python {python}",
-            f"Running PyTorch {pytorch}",
-            f"Running Triton version {triton}",
-        )
+        built = f"{torch.__version__} compiled for CUDA {torch.version.cuda}"
+        versions = f"Running Python {python}", f"Running PyTorch {built}", f"Running Triton version {triton}"
         conditions = (f"{key}: {value}" for key, value in self.meta.items())
         self.write("\n".join(["=" * 100, *versions, *conditions, "=" * 100]))
 
@@ -484,9 +482,7 @@ class Corpus:
             raise InputError(f"manifest {path}: {type(error).__name__}: {error}; {remedy}") from None
         different = sorted({f.name for f in train + val} ^ set(tokens))
         if different or not train or not val:
-            raise InputError(
-                f"{folder}: manifest and shards differ ({different[:3] or 'no shards'}); {remedy}"
-            )
+            raise InputError(f"{folder}: manifest and shards differ ({different[:3] or 'none'}); {remedy}")
         for shard in train + val:
             check_shard(shard, tokens[shard.name])
         vocab, bos, entries = corpus.vocab_size, corpus.bos_id, len(table)
@@ -501,9 +497,7 @@ def check_shard(path: Path, declared: int | None = None) -> int:
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     if len(header) < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         found = f"{header[0]}, {header[1]}" if len(header) > 1 else "nothing"
-        rule = (
-            f"a shard begins with {SHARD_MAGIC}, {SHARD_VERSION} in {4 * SHARD_HEADER_INTS} bytes of header"
-        )
+        rule = f"a shard begins with {SHARD_MAGIC}, {SHARD_VERSION}, in a {4 * SHARD_HEADER_INTS} byte header"
         raise InputError(f"{path} is not a token shard: it begins with {found}; {rule}; fetch it again")
     tokens, size = int(header[2]), path.stat().st_size
     if size != 4 * SHARD_HEADER_INTS + 2 * tokens:
@@ -521,7 +515,7 @@ def map_shard(path: Path) -> np.ndarray:
 def check_tokens(tokens: np.ndarray, corpus: Corpus, path: Path) -> None:
     if len(tokens) and int(tokens.max()) >= corpus.vocab_size:
         raise InputError(
-            f"{path} holds token {tokens.max()}, its vocabulary ends at {corpus.vocab_size}; prepare again"
+            f"{path} holds token {tokens.max()} of {corpus.vocab_size} there are; prepare it again"
         )
 
 
@@ -692,9 +686,8 @@ def at(recipe: Recipe, step: int) -> Sched:
     weights = [ramp(((0, start), (stage.steps, end)), within) for start, end in stage.mtp]
     windows = recipe.val_windows if step == recipe.total_steps else (stage.short, stage.long)
     lr = lr_mul * left + recipe.lr_floor * (1 - left)
-    return Sched(
-        step, index, windows, (*weights, 0.0, 0.0)[:3], lr, ramp(recipe.momentum, step), step % 2 == 1
-    )
+    mtp, momentum = (*weights, 0.0, 0.0)[:3], ramp(recipe.momentum, step)
+    return Sched(step, index, windows, mtp, lr, momentum, is_adam_step=step % 2 == 1)
 
 
 def yarn(recipe: Recipe, stage: int) -> tuple[Tensor, float]:
@@ -702,8 +695,7 @@ def yarn(recipe: Recipe, stage: int) -> tuple[Tensor, float]:
 
     Frequencies that turn less than once in the old window are slowed as it grows. Source: arXiv 2309.00071.
     """
-    freqs = (1 / 1024) ** torch.linspace(0, 1, recipe.head_dim // 4)
-    scale = 0.1
+    freqs, scale = (1 / 1024) ** torch.linspace(0, 1, recipe.head_dim // 4), 0.1
     for old, new in itertools.pairwise(row.long for row in recipe.stages[: stage + 1]):
         turns = old * freqs / (2 * math.pi)
         keep = ((turns - 1) / (32 - 1)).clamp(0, 1)
@@ -956,9 +948,8 @@ def normuon_step(
     square = o.square().mean(dim=dim, keepdim=True)
     second_MR1.lerp_(square, 1 - beta2)
     scale = second_MR1.clamp_min(1e-10).rsqrt()
-    norms = [
-        x.sum((-2, -1), keepdim=True).mul(o.shape[dim]).sqrt() for x in (square, square * scale.square())
-    ]
+    after = square * scale.square()
+    norms = [x.sum((-2, -1), keepdim=True).mul(o.shape[dim]).sqrt() for x in (square, after)]
     o = o * (scale * (norms[0] / norms[1].clamp_min(1e-10)))
     p = p_MRC if low_MRC is None else join_float32(p_MRC, low_MRC)
     p = p - lr_M11 * (decay * p * (o * p >= 0) + o)
@@ -1014,9 +1005,8 @@ class Shard:
         if self.world_size == 1:
             return None, grad
         mine = grad.new_empty(self.rows, *grad.shape[1:])
-        return dist.reduce_scatter_tensor(
-            mine, self.pad(grad, self.rows * self.world_size), async_op=True
-        ), mine
+        padded = self.pad(grad, self.rows * self.world_size)
+        return dist.reduce_scatter_tensor(mine, padded, async_op=True), mine
 
     def gather(self, mine: Tensor, out: Tensor) -> Callable[[], None]:
         """Start collecting all ranks' rows into `out`; call the result to finish."""
@@ -1038,12 +1028,10 @@ class Shard:
 
 def check_params(names: Sequence[str]) -> None:
     table = [row.name for row in PARAMS]
-    twice = sorted({name for name in table if table.count(name) > 1})
+    duplicate = sorted({name for name in table if table.count(name) > 1})
     missing, extra = sorted(set(names) - set(table)), sorted(set(table) - set(names))
-    if twice or missing or extra:
-        raise ValueError(
-            f"PARAMS does not match the model: duplicate {twice}, missing {missing}, extra {extra}"
-        )
+    if duplicate or missing or extra:
+        raise ValueError(f"PARAMS does not match the model: {duplicate=}, {missing=}, {extra=}")
 
 
 class NorMuonAndAdam:
@@ -1163,7 +1151,6 @@ class Job:
     cfg: Config
     ranks: Ranks
     corpus: Corpus
-    log: Log
     model: GPT
     forward: Callable  # the model, compiled where that pays
     optimizer: NorMuonAndAdam
@@ -1171,6 +1158,7 @@ class Job:
     max_docs: int  # most documents in a slot of any step
     mtp_SK: Tensor  # float32 [steps + 1, 3], on the device
     clock: Clock
+    log: Log | None = None  # opened when all input has been checked
     first_step: int = 0
     checkpoint_every: int = 0
 
@@ -1184,6 +1172,9 @@ class Job:
         recipe, data = self.cfg.recipe.name, self.corpus.sha256
         saved = {"step": step, "train_ms": self.clock.ms(), "recipe": recipe, "data": data}
         saved |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        # After an even step Adam parameters have gradients that wait for the odd one.
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        saved["grads"] = {name: self.ranks.sum(grad.clone()) for name, grad in grads.items()}
         if self.ranks.rank == 0:
             path = self.log.path.with_suffix(".ckpt")
             atomically(path, lambda temporary: torch.save(saved, temporary))
@@ -1193,34 +1184,37 @@ class Job:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.first_step, self.clock.elapsed_ms = saved["step"], saved["train_ms"]
+        if self.ranks.rank == 0:  # they are summed over ranks already
+            for name, p in self.model.named_parameters():
+                p.grad = saved["grads"][name].to(p.device) if name in saved["grads"] else None
 
 
-def read_checkpoint(path: Path, recipe: Recipe, corpus: Corpus) -> dict:
-    """A checkpoint of this recipe and data; only tensors and plain values are unpickled."""
+def read_checkpoint(path: Path, job: Job) -> None:
+    """Continue where a checkpoint of this recipe and data ends; only tensors and numbers are unpickled."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["recipe"], saved["data"]
+        with warnings.catch_warnings(action="ignore"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        found, wanted = (saved["recipe"], saved["data"]), (job.cfg.recipe.name, job.corpus.sha256)
+        if found == wanted:
+            job.restore(saved)
     except Exception as error:  # whatever a foreign file makes torch.load raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise InputError(f"checkpoint {path} is not one of this trainer ({reason}); name another") from None
-    wanted = recipe.name, corpus.sha256
     if found != wanted:
         raise InputError(f"checkpoint {path} is of recipe and data {found}, this run of {wanted}; use those")
-    return saved
 
 
-def compiler_for(recipe: Recipe, device: torch.device, log: Log) -> Callable:
-    """torch.compile, or no compilation where it does not pay or cannot work; says so."""
+def compiler_for(recipe: Recipe, device: torch.device) -> tuple[Callable, list[str]]:
+    """torch.compile, or no compilation where it does not pay or cannot work; and what there is to say."""
     reason = None
     if device.type == "cpu" and not recipe.cpu_compile:
         reason = f"compiling recipe {recipe.name} for a CPU takes longer than it saves"
     elif device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         reason = "torch.compile needs a C++ compiler, and none is on the path"
     if reason:
-        log.say(f"compile: no, running eagerly ({reason})")
-        return lambda fn, **_: fn
+        return lambda fn, **_: fn, [f"compile: no, running eagerly ({reason})"]
     torch._dynamo.config.recompile_limit = 64  # one graph a batch shape is meant
-    return functools.partial(torch.compile, fullgraph=True)
+    return functools.partial(torch.compile, fullgraph=True), []
 
 
 def forward_backward(job: Job, micro: Batch, knobs: Knobs) -> Tensor:
@@ -1235,6 +1229,8 @@ def warm_up(job: Job) -> None:
     cfg, r, gen = job.cfg, job.cfg.recipe, np.random.default_rng(0)
     model, optimizer = {k: v.clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
     per_rank, first, began = cfg.slots // job.ranks.world_size, 0, time.perf_counter()
+    grads = [p.grad for p in job.model.parameters()]
+    job.model.zero_grad(set_to_none=True)
     for number, stage in enumerate(r.stages, start=1):
         # An even and an odd step, and the one that unties embedding and head.
         for step in sorted({first & ~1, first | 1} | ({r.split_step} if first else set())):
@@ -1251,8 +1247,8 @@ def warm_up(job: Job) -> None:
     validate(job, at(r, 0), limit=1)
     job.model.load_state_dict(model)
     job.optimizer.load_state_dict(optimizer)
-    for p in job.model.parameters():
-        p.grad = None
+    for p, grad in zip(job.model.parameters(), grads, strict=True):
+        p.grad = grad
 
 
 @torch.no_grad()
@@ -1346,8 +1342,7 @@ def peak_memory(device: torch.device) -> tuple[int, int]:
 
 def train(job: Job, stop: StopRequest) -> dict[str, object]:
     """The timed loop; the result that goes into the JSON twin."""
-    r, clock, monitor, stage = job.cfg.recipe, job.clock, Monitor(job), None
-    last = r.total_steps
+    r, clock, monitor, stage, last = job.cfg.recipe, job.clock, Monitor(job), None, job.cfg.recipe.total_steps
     stop.in_loop = True
     clock.start()
     stream = batches(job.cfg, job.ranks, job.corpus, job.max_docs, job.first_step)
@@ -1419,36 +1414,35 @@ def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[C
     ), lines  # fmt: skip
 
 
-def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus, log: Log, **inputs) -> Job:
-    """Model, optimizer and schedule on this rank's device."""
-    r, compiler = cfg.recipe, compiler_for(cfg.recipe, ranks.device, log)
+def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -> tuple[Job, list[str]]:
+    """Data, model and optimizer on this rank's device; and what there is to say. Raises InputError."""
+    r, per_slot = cfg.recipe, check_train_data(cfg.recipe, cfg.slots, corpus)
+    val, (compiler, lines) = ValSet.read(r, corpus, ranks), compiler_for(r, ranks.device)
     model = GPT(cfg, args.seed).to(ranks.device)
-    return Job(
-        cfg=cfg, ranks=ranks, corpus=corpus, log=log, model=model, forward=compiler(model, dynamic=False),
-        optimizer=NorMuonAndAdam(model, r, ranks, compiler), clock=Clock(ranks.device),
+    job = Job(
+        cfg=cfg, ranks=ranks, corpus=corpus, model=model, forward=compiler(model, dynamic=False), val=val,
+        optimizer=NorMuonAndAdam(model, r, ranks, compiler), max_docs=round_up(per_slot, 64),
         mtp_SK=torch.tensor([at(r, step).mtp for step in range(r.total_steps + 1)]).to(ranks.device),
-        checkpoint_every=args.checkpoint_every, **inputs,
+        clock=Clock(ranks.device), checkpoint_every=args.checkpoint_every,
     )  # fmt: skip
+    if args.resume:
+        read_checkpoint(args.resume, job)
+    return job, lines
 
 
 def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
     """One run, arguments to closing line; the exit code. All input is checked before the log is opened."""
-    corpus = Corpus.open(args.data)
+    corpus, began = Corpus.open(args.data), time.perf_counter()
     cfg, lines = configure(args, ranks, corpus)
-    max_docs = round_up(check_train_data(cfg.recipe, cfg.slots, corpus), 64)
-    inputs = {"max_docs": max_docs, "val": ValSet.read(cfg.recipe, corpus, ranks)}
-    saved = read_checkpoint(args.resume, cfg.recipe, corpus) if args.resume else None
-    log, began = Log(args.out, is_master=ranks.rank == 0), time.perf_counter()
+    job, more = build(args, cfg, ranks, corpus)
+    log = job.log = Log(args.out, is_master=ranks.rank == 0)
     try:
         sources = [Path(file).resolve() for file in (__file__, kernels.__file__)]
         log.header(sources, describe(args, cfg, ranks, corpus))
-        log.say("\n".join(lines))
+        log.say("\n".join(lines + more))
         with ranks.process_group():
-            job = build(args, cfg, ranks, corpus, log, **inputs)
             warm_up(job)
-            log.say(f"warm-up: done after {time.perf_counter() - began:.1f} s")
-            if saved:
-                job.restore(saved)
+            log.say(f"warm-up: done {time.perf_counter() - began:.1f} s after the start")
             log.close("done", train(job, stop))
         return 0
     except Ended as end:
@@ -1460,6 +1454,11 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
 
 
 # 10. main -----------------------------------------------------------------------------------------------
+def refuse(message: str) -> None:
+    """argparse's own errors in one line."""
+    raise InputError(f"{message}; see --help")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sizes = (f"{r.name} {r.total_steps} steps, {r.train_tokens / 1e6:.1f} M tokens" for r in RECIPES.values())
     parser = argparse.ArgumentParser(
@@ -1474,14 +1473,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="log file to write; default logs/<recipe>/<run id>.txt")
     add("--seed", type=int, default=1, help="of the initial parameters; default 1")
     add("--resume", type=Path, metavar="CKPT", help="continue from this checkpoint")
-    add(
-        "--checkpoint-every", type=int, default=0, metavar="N", help="steps; written beside the log; 0: never"
-    )
+    add("--checkpoint-every", type=int, default=0, metavar="N", help="steps; goes beside the log; 0: never")
+    parser.error = refuse
     args = parser.parse_args(argv)
     if args.recipe not in RECIPES:
         raise InputError(f"recipe {args.recipe!r} does not exist; choose one of {', '.join(RECIPES)}")
-    if args.checkpoint_every < 0:
-        raise InputError(f"--checkpoint-every {args.checkpoint_every} must be 0, never, or a number of steps")
+    if args.checkpoint_every < 0 or not 0 <= args.seed < 2**63:
+        found = f"--checkpoint-every {args.checkpoint_every}, --seed {args.seed}"
+        raise InputError(f"{found}: must be whole numbers from 0 on, the seed below 2**63; use such")
     args.data = args.data or PROJECT / "data" / ("default" if args.recipe == "tiny" else "fineweb10B")
     args.out = args.out or Path("logs") / args.recipe / f"{uuid.uuid4()}.txt"
     return args
@@ -1490,10 +1489,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     try:
         return run(parse(), Ranks.from_torchrun(), StopRequest())
-    except InputError as error:
+    except (InputError, Ended) as error:
+        message, code = error.args if isinstance(error, Ended) else (f"error: {error}", 2)
         if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt.py: error: {error}", file=sys.stderr)
-        return 2
+            print(f"train_gpt.py: {message}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
