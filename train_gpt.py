@@ -384,6 +384,7 @@ class Log:
             sys.stdout = open(os.devnull, "w")
 
     def header(self, sources: Sequence[Path], meta: dict[str, object]) -> None:
+        """Everything that is needed to know, and to repeat, what ran."""
         self.meta = {key: str(value) for key, value in meta.items()}
         for path in sources:
             source = path.read_bytes()
@@ -1168,11 +1169,10 @@ class Job:
         return Knobs(short, long, scale, self.mtp_SK[sched.step].clone())
 
     def save(self, step: int) -> None:
-        """Write all that the rest of the run depends on. Every rank must call it; the master writes."""
+        """Write all the rest depends on, gradients that wait for Adam's odd step too. Every rank calls it."""
         recipe, data = self.cfg.recipe.name, self.corpus.sha256
         saved = {"step": step, "train_ms": self.clock.ms(), "recipe": recipe, "data": data}
         saved |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        # After an even step Adam parameters have gradients that wait for the odd one.
         grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         saved["grads"] = {name: self.ranks.sum(grad.clone()) for name, grad in grads.items()}
         if self.ranks.rank == 0:
@@ -1456,7 +1456,7 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
 # 10. main -----------------------------------------------------------------------------------------------
 def refuse(message: str) -> None:
     """argparse's own errors in one line."""
-    raise InputError(f"{message}; see --help")
+    raise InputError(f"{message}; use what --help lists")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
