@@ -184,7 +184,7 @@ SHORT = Recipe(
     target=3.28, fp8_head=True, tokenizer="gpt2",
 )
 SPRINT = replace(
-    SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322,
+    SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322, tokenizer=None,
     momentum=((0, 0.85), (60, 0.95), (343, 0.95), (353, 0.85)),
 )
 TINY = Recipe(
@@ -198,7 +198,7 @@ TINY = Recipe(
     momentum=((0, 0.85), (25, 0.95), (115, 0.95), (125, 0.85)),
     slots=12, micro_tokens=8192, max_seq_len=768,
     val_tokens=65536, val_slot=2048, val_windows=(128, 384), val_every=25,
-    target=4.0, fp8_head=False, cpu_compile=False,
+    target=4.15, fp8_head=False, cpu_compile=False,
 )
 RECIPES = {recipe.name: recipe for recipe in (TINY, SPRINT, SHORT)}
 # fmt: on
