@@ -58,9 +58,11 @@ finished() {  # ARM SEED: whether that run ended by itself
 }
 
 run_one() {  # TRAINER ARM SEED: one run with a log of its own; bad input and interruption end the series
-    local trainer=$1 arm=$2 seed=$3 attempt=1 log code=0
-    while log="$arm/run-$(printf %03d "$seed")$([ "$attempt" -gt 1 ] && echo "-try$attempt").txt" && [ -e "$log" ]; do
-        attempt=$((attempt + 1))
+    local trainer=$1 arm=$2 seed=$3 attempt=2 log code=0 stem
+    stem="$arm/run-$(printf %03d "$seed")"
+    log="$stem.txt"
+    while [ -e "$log" ]; do
+        log="$stem-try$attempt.txt" attempt=$((attempt + 1))
     done
     echo "run.sh: $arm, run $seed of $runs -> $log"
     if [ "$gpus" -gt 1 ]; then
