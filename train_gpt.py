@@ -353,9 +353,7 @@ class Log:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path in beside or any(other.exists() for other in beside):
-                    raise FileExistsError(
-                        0, f"it or {beside[0].name} or {beside[1].name} would be overwritten"
-                    )
+                    raise FileExistsError(0, f"it, {beside[0].name} or {beside[1].name} would be overwritten")
                 self.file = path.open("x", encoding="utf-8")
             except OSError as error:  # FileExistsError too: a log is never overwritten
                 raise InputError(f"log {path}: {error.strerror}; name another with --out") from None
@@ -1489,7 +1487,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     try:
         return run(parse(), Ranks.from_torchrun(), StopRequest())
-    except (InputError, Ended) as error:
+    except (InputError, OSError, Ended) as error:  # OSError: a full disk, a shard that went away
         message, code = error.args if isinstance(error, Ended) else (f"error: {error}", 2)
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {message}", file=sys.stderr)
