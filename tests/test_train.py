@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pickle
 import re
@@ -819,3 +820,17 @@ def test_the_compiled_path_trains_alike(trainer, nano, monkeypatch, backend):
     assert any(line.startswith("compile: no") for line in eager.lines)
     assert not any(line.startswith("compile: no") for line in compiled.lines)
     assert_close(compiled.losses, eager.losses)
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch, nano):
+    cpu, wants = torch.device("cpu"), dataclasses.replace(nano, cpu_compile=True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    compiler, lines = tg.compiler_for(wants, cpu)
+    assert compiler(math.sqrt, dynamic=False) is math.sqrt
+    assert len(lines) == 1
+    assert "C++ compiler" in lines[0]
+    monkeypatch.setattr(shutil, "which", lambda name: "c++")
+    compiler, lines = tg.compiler_for(wants, cpu)
+    assert compiler(math.sqrt, dynamic=False) is not math.sqrt
+    assert not lines
+    assert "takes longer than it saves" in tg.compiler_for(nano, cpu)[1][0]
