@@ -20,7 +20,13 @@ pytestmark = [
 # What run.sh asks torch for.
 FAKE_TORCH = """
 class cuda:
-    device_count = staticmethod(lambda: 0)
+    device_count = staticmethod(lambda: {gpus})
+"""
+# The launcher's arguments go to a file, the rest to the trainer.
+FAKE_TORCHRUN = """#!/bin/sh
+echo "$1 $2" >> launches
+shift 2
+exec python "$@"
 """
 # Writes a log as the trainer does; `plan` says how the attempts of this trainer end, in turn.
 FAKE_TRAINER = r"""
@@ -63,7 +69,9 @@ def project(tmp_path):
     """A folder with the real run.sh and compare_runs.py, and two trainers that only write logs."""
     for name in ("run.sh", "compare_runs.py", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "torch.py").write_text(FAKE_TORCH)
+    (tmp_path / "torch.py").write_text(FAKE_TORCH.format(gpus=0))
+    (tmp_path / "torchrun").write_text(FAKE_TORCHRUN)
+    (tmp_path / "torchrun").chmod(0o755)
     (tmp_path / "triton_kernels.py").write_text("")
     (tmp_path / "train_gpt.py").write_text(FAKE_TRAINER)
     (tmp_path / "other.py").write_text(FAKE_TRAINER + "# another program\n")
@@ -74,7 +82,7 @@ def project(tmp_path):
 
 def run(project: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment["PATH"] = f"{project}:{Path(sys.executable).parent}:{environment['PATH']}"
     command = ["bash", "run.sh", *arguments]
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -178,3 +186,49 @@ def test_help_needs_no_setup(project):
     assert result.returncode == 0
     for word in ("ab A.py B.py N", "test", "--recipe", "--data"):
         assert word in result.stdout
+
+
+def with_gpus(project: Path, count: int) -> None:
+    (project / "torch.py").write_text(FAKE_TORCH.format(gpus=count))
+
+
+def arm(project: Path) -> str:
+    (folder,) = (project / "logs").iterdir()
+    return folder.name.rsplit("-", 1)[0]
+
+
+def test_with_gpus_and_fineweb_it_is_short_on_all_of_them(project):
+    with_gpus(project, 3)
+    (project / "data" / "fineweb10B").mkdir()
+    (project / "data" / "fineweb10B" / "manifest.json").write_text("{}")
+    result = run(project)
+    assert result.returncode == 0, result.stderr
+    assert arm(project) == "short"
+    assert (project / "launches").read_text().split("\n")[:2] == ["--standalone --nproc_per_node=3"] * 2
+
+
+def test_with_gpus_and_no_fineweb_it_says_how_to_get_it_and_runs_tiny(project):
+    with_gpus(project, 1)
+    result = run(project)
+    assert result.returncode == 0, result.stderr
+    assert "python data/fineweb.py" in result.stdout
+    assert arm(project) == "tiny"
+
+
+def test_with_gpus_and_data_it_is_sprint_on_them(project):
+    with_gpus(project, 2)
+    result = run(project, "--data", "data/mine")
+    assert result.returncode == 0, result.stderr
+    assert arm(project) == "sprint-mine"
+
+
+def test_a_recipe_can_be_named(project):
+    assert run(project, "--recipe=short").returncode == 0
+    assert arm(project) == "short"
+
+
+def test_bad_input_under_torchrun_has_no_log_and_ends_the_series(project):
+    with_gpus(project, 2)
+    (project / "train_gpt.plan").write_text("bad")
+    assert run(project).returncode == 2
+    assert len(ledger(project)) == 1
