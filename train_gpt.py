@@ -425,8 +425,8 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
 class Clock:
     """The published time: wall time between start() and the end, less what runs inside paused()."""
 
-    def __init__(self, device: torch.device, elapsed_ms: float = 0.0) -> None:
-        self.device, self.elapsed_ms, self.started = device, elapsed_ms, None
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.elapsed_ms, self.started = device, 0.0, None
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
