@@ -121,7 +121,7 @@ def load(
         attention="reference",
         fp8_head=False,
     )
-    ranks = tg.Ranks(rank, rank, world, CPU)
+    ranks = tg.Ranks(rank, world, CPU)
     max_docs = tg.check_train_data(recipe, recipe.slots, corpus)
     return list(tg.batches(cfg, ranks, corpus, max_docs, first_step))
 
@@ -289,7 +289,7 @@ def test_validation_tokens_outside_the_vocabulary_are_refused(tmp_path, nano):
     val = documents_of(np.random.default_rng(0), [50] * 50)
     val[2048] = VOCAB + 3  # the last target
     corpus = corpus_of(tmp_path, [np.arange(1, 99)], val)
-    message = refusal(tg.ValSet.read, nano, corpus, tg.Ranks(0, 0, 1, CPU))
+    message = refusal(tg.ValSet.read, nano, corpus, tg.Ranks(0, 1, CPU))
     assert str(tmp_path) in message
     assert str(VOCAB + 3) in message
     assert REMEDY.search(message), "no remedy"
@@ -510,7 +510,7 @@ def test_validation_slots_are_the_stream(tmp_path, nano):
     val = random_shard(np.random.default_rng(8), 2500)
     table = np.random.default_rng(9).integers(0, 20, VOCAB).astype(np.uint16)
     corpus = dataclasses.replace(corpus_of(tmp_path, [np.arange(1, 99)], val), token_bytes=table)
-    found = tg.ValSet.read(nano, corpus, tg.Ranks(0, 0, 1, CPU))
+    found = tg.ValSet.read(nano, corpus, tg.Ranks(0, 1, CPU))
     assert len(found.slots) == 4
     longest, most = 0, 0
     for i, (tokens, starts) in enumerate(found.slots):
@@ -534,7 +534,7 @@ def test_validation_may_span_shards(tmp_path, nano):
     for i, part in enumerate((val[:100], val[100:1700], val[1700:])):
         paths.append(tmp_path / f"part_val_{i}.bin")
         write_shard(paths[-1], part)
-    ranks = tg.Ranks(0, 0, 1, CPU)
+    ranks = tg.Ranks(0, 1, CPU)
     a, b = (tg.ValSet.read(nano, c, ranks) for c in (one, dataclasses.replace(one, val=tuple(paths))))
     assert all(
         np.array_equal(x[0], y[0]) and np.array_equal(x[1], y[1])
@@ -547,8 +547,8 @@ def test_validation_may_span_shards(tmp_path, nano):
 def test_validation_slots_over_ranks(tmp_path, nano, world):
     """Disjoint and complete, also where ranks get different numbers or none; shapes agree between ranks."""
     corpus = corpus_of(tmp_path, [np.arange(1, 99)], random_shard(np.random.default_rng(8), 2500))
-    alone = tg.ValSet.read(nano, corpus, tg.Ranks(0, 0, 1, CPU))
-    shared = [tg.ValSet.read(nano, corpus, tg.Ranks(r, r, world, CPU)) for r in range(world)]
+    alone = tg.ValSet.read(nano, corpus, tg.Ranks(0, 1, CPU))
+    shared = [tg.ValSet.read(nano, corpus, tg.Ranks(r, world, CPU)) for r in range(world)]
     for field in ("max_docs", "max_seq_len", "num_tokens", "num_bytes"):
         assert {getattr(val, field) for val in shared} == {getattr(alone, field)}
     key = sorted(tokens.tobytes() for val in shared for tokens, _ in val.slots)
@@ -559,7 +559,7 @@ def test_validation_slots_over_ranks(tmp_path, nano, world):
 def test_too_short_validation_is_refused(tmp_path, nano):
     """Every target needs a token: one more than the recipe scores."""
     val = random_shard(np.random.default_rng(8), 2049)
-    ranks = tg.Ranks(0, 0, 1, CPU)
+    ranks = tg.Ranks(0, 1, CPU)
     assert tg.ValSet.read(nano, corpus_of(tmp_path / "a", [np.arange(1, 99)], val), ranks).num_tokens == 2048
     message = refusal(tg.ValSet.read, nano, corpus_of(tmp_path / "b", [np.arange(1, 99)], val[:-1]), ranks)
     for found in (nano.name, "2,049", "2,048", "data/prepare.py"):

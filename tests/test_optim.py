@@ -10,7 +10,7 @@ from torch import Tensor
 
 import train_gpt as tg
 
-ONE_RANK = tg.Ranks(0, 0, 1, torch.device("cpu"))
+ONE_RANK = tg.Ranks(0, 1, torch.device("cpu"))
 MUONS = ("attn_bank", "mlp_bank")
 ADAMS = tuple(row.name for row in tg.PARAMS if row.optim == "adam")
 
@@ -635,7 +635,7 @@ def test_table_refuses_what_does_not_match(monkeypatch):
 
 
 def shards_of(full: Tensor, world: int, is_sharded: bool = True) -> list[tg.Shard]:
-    return [tg.Shard(full, tg.Ranks(i, i, world, torch.device("cpu")), is_sharded) for i in range(world)]
+    return [tg.Shard(full, tg.Ranks(i, world, torch.device("cpu")), is_sharded) for i in range(world)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8, 12, 16])
@@ -733,7 +733,7 @@ def test_matrix_rates_follow_the_rank(nano, world):
     cfg = Bench(nano).model.cfg
     muls = []
     for rank in range(world):
-        ranks = tg.Ranks(rank, rank, world, torch.device("cpu"))
+        ranks = tg.Ranks(rank, world, torch.device("cpu"))
         optimizer = tg.NorMuonAndAdam(tg.GPT(cfg, seed=1), nano, ranks, lambda fn, **_: fn)
         muls += optimizer.lr_muls["mlp_bank"].flatten().tolist()
         assert optimizer.state["mlp_bank"]["momentum"].shape[0] == 16 // world
