@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -1440,6 +1441,10 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
         with ranks.process_group():
             warm_up(job)
             log.say(f"warm-up: done {time.perf_counter() - began:.1f} s after the start")
+            if args.profile:
+                sys.path.append(str(PROJECT / "benchmarks"))
+                log.close("profiled", importlib.import_module("step_profile").run(job, sys.modules[__name__]))
+                return 0
             log.close("done", train(job, stop))
         return 0
     except Ended as end:
@@ -1471,8 +1476,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of the initial parameters; default 1")
     add("--resume", type=Path, metavar="CKPT", help="continue from this checkpoint")
     add("--checkpoint-every", type=int, default=0, metavar="N", help="steps; goes beside the log; 0: never")
+    add("--profile", action="store_true", help="do not train: a table of where a step goes, and a trace")
     parser.error = refuse
     args = parser.parse_args(argv)
+    if args.profile and (args.resume or args.checkpoint_every):
+        raise InputError("--profile makes no run to resume or to save; use it without these two options")
     if args.recipe not in RECIPES:
         raise InputError(f"recipe {args.recipe!r} does not exist; choose one of {', '.join(RECIPES)}")
     if args.checkpoint_every < 0 or not 0 <= args.seed < 2**63:

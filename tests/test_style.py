@@ -22,6 +22,7 @@ SECTIONS = (
     "main",
 )  # fmt: skip
 OPTIONS = {"-h", "--help", "--recipe", "--data", "--out", "--seed", "--resume", "--checkpoint-every"}
+OPTIONS |= {"--profile"}
 # Public, and said in full by name and signature. Methods of at most SHORT_METHOD lines need none either.
 UNDOCUMENTED = {"Recipe", "Sched", "round_up", "check_tokens", "norm", "check_params", "parse", "main"}
 UNDOCUMENTED |= {"ValSet.read"}

@@ -1,0 +1,412 @@
+"""What benchmarks/kernels.py measures: each op of triton_kernels.py with its inputs, baselines and errors.
+
+A new op is a function that makes its cases, and one row of FAMILIES. Ops are looked up when they are called.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import triton_kernels as tk  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. shapes
+
+
+class Stage(NamedTuple):
+    """What a micro-batch of a stage asks of the kernels."""
+
+    rows: int
+    slot_len: int
+    windows: tuple[int, ...]  # tokens, of attention
+    weights: tuple[float, ...]  # of the next tokens, as the stage begins
+
+
+STAGES = (  # the first timed is the one whose references are compiled
+    #     rows   slot   windows      weights
+    Stage(49152, 49152, (640, 1408), (1.0, 0.0, 0.0)),  # 3
+    Stage(65536, 16384, (128, 384), (1.0, 0.5, 0.25)),  # 1
+    Stage(65536, 32768, (384, 896), (1.0, 0.5, 0.0)),  # 2
+)
+D, HIDDEN, V = 768, 3072, 50304
+HEADS, HEAD_DIM, MAX_SEQ_LEN = 6, 128, 2048
+BANKS = ((24, 768, 3072), (40, 768, 768))
+FP8_SCALES = 100 / 448, 1.6 / 448, 2 / 57344  # of x, of the weight, of the gradient
+FEW, FEW_SLOT = 512, 100  # rows at which errors are computed, and of a slot there
+FEW_WEIGHTS = 1.0, 0.5, 0.25  # there, whatever the stage's: every term of the loss is checked
+
+
+class Case(NamedTuple):
+    """One row of the table. A baseline that is None is not timed."""
+
+    part: str  # "", "forward", "backward", "fwd+bwd"
+    shape: str
+    kernel: Callable[[], object]
+    ref: Callable[[], object] | None
+    library: tuple[str, Callable[[], object]] | None
+    tera: float  # 1e12 bytes or FLOP of one call
+    unit: str  # "TB" or "TFLOP"
+    error: Callable[[], float]
+    reads: tuple[Tensor, ...]
+
+
+class Family(NamedTuple):
+    """The cases of one op at each of the shapes that a stage asks for."""
+
+    op: str
+    make: Callable[..., list[Case]]
+    shapes: Callable[[Stage], list[tuple]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. inputs, errors
+
+
+@functools.cache
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _compiled(ref: Callable) -> Callable:
+    return torch.compile(ref, dynamic=False)
+
+
+def _randn(*shape: int, scale: float = 1.0, grad: bool = False) -> Tensor:
+    x = torch.randn(*shape, device=_device(), dtype=torch.bfloat16).mul_(scale)
+    return x.requires_grad_(grad)
+
+
+def _tokens(n: int) -> Tensor:
+    return torch.randint(V, (n,), device=_device())
+
+
+def _max_error(got: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...]) -> float:
+    """Largest difference over the largest magnitude, of the worst tensor; NaN if any element is."""
+    pairs = zip((got,), (want,), strict=True) if isinstance(got, Tensor) else zip(got, want, strict=True)
+    errors = [float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def _with_grads(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The output and the gradients for an upstream gradient that differs from element to element."""
+    y = op(*inputs)
+    dy = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype)
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+def _copies(inputs: tuple[Tensor, ...], *to: torch.dtype | str) -> tuple[Tensor, ...]:
+    return tuple(x.detach().to(*to).requires_grad_() for x in inputs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. cases
+
+
+def _with_backward(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Forward and backward with a constant upstream gradient, allocated at the first call."""
+    upstream: list[Tensor] = []
+
+    def call() -> tuple[Tensor, ...]:
+        y = op(*inputs)
+        if not upstream:
+            upstream.append(torch.ones_like(y))
+        return torch.autograd.grad(y, inputs, upstream[0])
+
+    return call
+
+
+def _backward(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Backward alone, of a forward that the first call runs."""
+    kept: list[Tensor] = []
+
+    def call() -> tuple[Tensor, ...]:
+        if not kept:
+            y = op(*inputs)
+            kept.extend((y, torch.ones_like(y)))
+        return torch.autograd.grad(kept[0], inputs, kept[1], retain_graph=True)
+
+    return call
+
+
+def _training_cases(
+    shape: str,
+    op: Callable[..., Tensor],
+    ref: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],  # all of them require gradients
+    tera: tuple[float, float],  # of forward, of forward and backward
+    unit: str,
+    error: Callable[[], float],
+    library: tuple[str, Callable[[], object], Callable[[], object]] | None = None,  # forward, both
+    is_split: bool = True,  # whether backward alone is timed as well
+) -> list[Case]:
+    """Forward, as training runs it; backward, which has no baseline; and both together."""
+    error, (forward, both) = functools.cache(error), tera
+    libraries = (None, None) if library is None else ((library[0], call) for call in library[1:])
+    library_forward, library_both = libraries
+    calls = (
+        ("forward", lambda: op(*inputs), lambda: ref(*inputs), library_forward, forward),
+        ("backward", _backward(op, inputs), None, None, both - forward),
+        ("fwd+bwd", _with_backward(op, inputs), _with_backward(ref, inputs), library_both, both),
+    )
+    cases = [
+        Case(part, shape, call, ref_call, library_call, work, unit, error, inputs)
+        for part, call, ref_call, library_call, work in calls
+    ]
+    return cases if is_split else [cases[0], cases[2]]
+
+
+def _xxt_cases(m: int, n: int, k: int) -> list[Case]:
+    x = _randn(m, n, k, scale=k**-0.5)
+    ref, library = _compiled(tk.xxt_ref), ("bmm", lambda: torch.bmm(x, x.mT))
+    error = lambda: _max_error(tk.xxt(x), tk.xxt_ref(x.double()))  # noqa: E731
+    work = m * n * n * k * 1e-12  # of one triangle
+    return [Case("", f"{m}x{n}x{k}", lambda: tk.xxt(x), lambda: ref(x), library, work, "TFLOP", error, (x,))]
+
+
+def _ba_cases(m: int, n: int, _: int) -> list[Case]:
+    a, mix = tk.xxt_ref(_randn(m, n, n, scale=n**-0.5)), (0.5, -1.5)
+    ref = _compiled(tk.ba_plus_caa_ref)
+
+    def error() -> float:
+        return _max_error(tk.ba_plus_caa(a, *mix), tk.ba_plus_caa_ref(a.double(), *mix))
+
+    library = ("baddbmm", lambda: torch.baddbmm(a, a, a.mT, beta=mix[1], alpha=mix[0]))
+    calls = (lambda: tk.ba_plus_caa(a, *mix), lambda: ref(a, *mix), library)
+    return [Case("", f"{m}x{n}x{n}", *calls, m * n**3 * 1e-12, "TFLOP", error, (a,))]
+
+
+def _relu2_cases(n: int) -> list[Case]:
+    weights = (_randn(HIDDEN, D, scale=0.03, grad=True) for _ in range(2))
+    inputs = x, w1, w2 = _randn(n, D, grad=True), *weights
+    few = x[:FEW].detach().requires_grad_(), w1, w2
+    work = 2e-12 * n * D * HIDDEN
+
+    def error() -> float:
+        exact = _with_grads(tk.linear_relu2_ref, _copies(few, torch.float64))
+        return _max_error(_with_grads(tk.linear_relu2, few), exact)
+
+    @torch.no_grad()
+    def products() -> tuple[Tensor, Tensor]:
+        hidden = x @ w1.T
+        return hidden, hidden @ w2
+
+    @torch.no_grad()
+    def all_products() -> tuple[Tensor, ...]:
+        hidden, y = products()
+        dhidden = y @ w2.T
+        return dhidden @ w1, dhidden.T @ x, hidden.T @ y
+
+    return _training_cases(
+        f"{n}x{D}x{HIDDEN}", tk.linear_relu2, _compiled(tk.linear_relu2_ref), inputs, (2 * work, 6 * work),
+        "TFLOP", error, ("matmul", products, all_products),
+    )  # fmt: skip
+
+
+def _loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]:
+    logits, targets = _randn(n, V, scale=4.0, grad=True), _tokens(n)
+    parts = logits.detach().split(4096)  # the softcap is float32
+    capped = torch.cat([tk.softcap(part).bfloat16() for part in parts]).requires_grad_()
+    few = (logits[:FEW].detach().requires_grad_(),)
+    weights_K = torch.tensor(weights, device=_device())
+
+    def loss(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda logits_NV: op(logits_NV, targets, weights_K, slot_len)
+
+    def error() -> float:
+        limits = targets[:FEW], torch.tensor(FEW_WEIGHTS, device=_device()), FEW_SLOT
+        got = _with_grads(lambda x: tk.softcapped_cross_entropy(x, *limits), few)
+        exact = _copies(few, torch.float64)
+        return _max_error(got, _with_grads(lambda x: tk.softcapped_cross_entropy_ref(x, *limits), exact))
+
+    def library(z_NV: Tensor) -> Tensor:
+        return F.cross_entropy(z_NV, targets, reduction="none")
+
+    ref, read = _compiled(tk.softcapped_cross_entropy_ref), 2e-12 * n * V
+    calls = loss(tk.softcapped_cross_entropy), loss(ref)
+    return _training_cases(
+        f"{n}x{V}/{slot_len}", *calls, (logits,), (read, 3 * read), "TB", error,
+        ("F.cross_entropy", lambda: library(capped), _with_backward(library, (capped,))),
+    )  # fmt: skip
+
+
+def _quantize_cases(n: int) -> list[Case]:
+    g, ref = _randn(n, V, scale=1e-3), _compiled(tk.quantize_ref)
+
+    def error() -> float:
+        got, want = (f(g[:FEW], 1e-4, tk.E5M2) for f in (tk._quantize, tk.quantize_ref))
+        return _max_error(tuple(t.float() for t in got), tuple(t.float() for t in want))
+
+    calls = (lambda: tk._quantize(g, 1e-4, tk.E5M2), lambda: ref(g, 1e-4, tk.E5M2))
+    library = ("cast, 1 layout", lambda: g.to(tk.E5M2))
+    return [Case("e5m2", f"{n}x{V}", *calls, library, 4e-12 * n * V, "TB", error, (g,))]
+
+
+def _scaled_mm(n: int) -> tuple[str, Callable[[], object], Callable[[], object]]:
+    """The products of the head, forward and all three, of operands that are already FP8."""
+    one = torch.ones((), device=_device())
+
+    def fp8(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return _randn(rows, columns).to(dtype)
+
+    def product(a8: Tensor, b8_t: Tensor, dtype: torch.dtype, is_fast: bool = False) -> Tensor:
+        return torch._scaled_mm(a8, b8_t.T, one, one, out_dtype=dtype, use_fast_accum=is_fast)
+
+    x8_ND, x8_DN, w8_DV, w8_VD = (
+        fp8(*shape, tk.E4M3) for shape in ((n, D), (D, n), (D, V), (V, D))
+    )  # fmt: skip
+    g8_NV, g8_VN = fp8(n, V, tk.E5M2), fp8(V, n, tk.E5M2)
+
+    def forward() -> Tensor:
+        return product(x8_ND, w8_VD, torch.bfloat16, is_fast=True)
+
+    def both() -> tuple[Tensor, ...]:
+        return forward(), product(g8_NV, w8_DV, torch.bfloat16), product(x8_DN, g8_VN, torch.float32)
+
+    return "_scaled_mm", forward, both
+
+
+def _head_inputs(n: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """x and the weight; and a few rows and columns of them, small enough to emulate FP8 on a CPU."""
+    x, w = _randn(n, D, grad=True), _randn(D, V, scale=0.05, grad=True)
+    columns = min(V, 8 * FEW)
+    return (x, w), _copies((x[:FEW], w[:, :columns].contiguous()), _device())
+
+
+def _bf16_head(x_ND: Tensor, w_DV: Tensor) -> Tensor:
+    return x_ND @ w_DV
+
+
+def _head_cases(n: int) -> list[Case]:
+    inputs, few = _head_inputs(n)
+    work = 2e-12 * n * D * V
+
+    def head(x_ND: Tensor, w_DV: Tensor) -> Tensor:
+        return tk.fp8_linear_t(x_ND, w_DV, *FP8_SCALES)
+
+    def error() -> float:
+        emulated = _with_grads(head, _copies(few, "cpu"))
+        return _max_error(tuple(t.cpu() for t in _with_grads(head, few)), emulated)
+
+    return _training_cases(
+        f"{n}x{D}x{V}", head, _compiled(_bf16_head), inputs, (work, 3 * work), "TFLOP", error, _scaled_mm(n)
+    )
+
+
+def _bf16_head_loss(x_ND: Tensor, w_DV: Tensor, *arguments: Tensor | int) -> Tensor:
+    return tk.softcapped_cross_entropy_ref(x_ND @ w_DV, *arguments)
+
+
+def _head_loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]:
+    inputs, few = _head_inputs(n)
+    targets, weights_K = _tokens(n), torch.tensor(weights, device=_device())
+    work, ref = 2e-12 * n * D * V, _compiled(_bf16_head_loss)
+
+    def fused(x_ND: Tensor, w_DV: Tensor) -> Tensor:
+        return tk.fp8_head_loss(x_ND, w_DV, targets, weights_K, slot_len, *FP8_SCALES)
+
+    def error() -> float:
+        def loss(x_ND: Tensor, w_DV: Tensor) -> Tensor:
+            t = targets[: len(x_ND)].to(x_ND.device) % w_DV.shape[1]
+            return tk.fp8_head_loss(x_ND, w_DV, t, few_weights.to(x_ND.device), FEW_SLOT, *FP8_SCALES)
+
+        few_weights = torch.tensor(FEW_WEIGHTS)
+        got, emulated = _with_grads(loss, few), _with_grads(loss, _copies(few, "cpu"))
+        return _max_error(tuple(g.cpu() for g in got), emulated)
+
+    return _training_cases(
+        f"{n}x{D}x{V}/{slot_len}", fused, lambda x, w: ref(x, w, targets, weights_K, slot_len), inputs,
+        (work, 3 * work), "TFLOP", error, _scaled_mm(n),
+    )  # fmt: skip
+
+
+def _transpose_add_cases() -> list[Case]:
+    a, b, ref = _randn(D, V), _randn(V, D), _compiled(tk.transpose_add_ref)
+
+    def error() -> float:
+        got = a.clone()
+        tk.transpose_add(got, b)
+        return _max_error(got, a.double() + b.double().T)
+
+    calls = (lambda: tk.transpose_add(a, b), lambda: ref(a, b), ("add_", lambda: a.add_(b.view(D, V))))
+    return [Case("", f"{D}x{V}", *calls, 6e-12 * D * V, "TB", error, (a, b))]
+
+
+def _transpose_copy_cases() -> list[Case]:
+    a, b, ref = _randn(D, V), _randn(V, D), _compiled(tk.transpose_copy_ref)
+
+    def error() -> float:
+        got = torch.empty_like(b)
+        tk.transpose_copy(got, a)
+        return _max_error(got, a.T)
+
+    calls = (lambda: tk.transpose_copy(b, a), lambda: ref(b, a), ("copy_", lambda: b.copy_(a.view(V, D))))
+    return [Case("", f"{V}x{D}", *calls, 4e-12 * D * V, "TB", error, (a,))]
+
+
+def documents(tokens: int) -> Tensor:
+    """cu_seqlens of log-normal documents of 700 tokens on average, padded at the end as the trainer pads."""
+    generator = torch.Generator().manual_seed(tokens)
+    draws = torch.randn(tokens // 128 + 8, generator=generator)
+    lengths = draws.add(6.2).exp().long().clamp(32, MAX_SEQ_LEN)  # the mean of these is 698
+    ends = lengths.cumsum(0)
+    starts = F.pad(ends[ends < tokens], (1, 0))
+    return F.pad(starts, (0, max(1, tokens // 512 - len(starts))), value=tokens).int()
+
+
+def _attention_cases(tokens: int, window: int) -> list[Case]:
+    cu_seqlens = documents(tokens).to(_device())
+    lengths = cu_seqlens.diff().long()
+    inputs = tuple(_randn(1, tokens, HEADS, HEAD_DIM, grad=True) for _ in range(3))
+    window_t, scale_t = torch.tensor(window), torch.tensor(0.1)
+    near = lengths.clamp(max=window + 1)
+    pairs = int((near * (near + 1) // 2 + (lengths - near) * (window + 1)).sum())
+    work = 4e-12 * pairs * HEADS * HEAD_DIM
+    ref = _compiled(tk.attention_ref)
+
+    def call(backend: str) -> Callable[..., Tensor]:
+        limits = cu_seqlens, MAX_SEQ_LEN, window_t, scale_t, window
+        return lambda q, k, v: tk.attention(q, k, v, *limits, backend)
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # not in every torch
+
+        limits = cu_seqlens, cu_seqlens, MAX_SEQ_LEN, MAX_SEQ_LEN
+        return varlen_attn(q[0], k[0], v[0], *limits, scale=0.1, window_size=(window, 0))
+
+    exact = functools.cache(lambda: _with_grads(call("reference"), _copies(inputs, torch.float32)))
+    usable = [name for name, is_usable, _ in tk.attention_backends(_device(), torch.bfloat16) if is_usable]
+    cases = []
+    for backend in [name for name in usable if name != "reference"] or usable:
+        these = _training_cases(
+            f"{tokens} w={window}", call(backend),
+            lambda q, k, v: ref(q, k, v, cu_seqlens, window_t, scale_t, window), inputs, (work, 3.5 * work),
+            "TFLOP", lambda backend=backend: _max_error(_with_grads(call(backend), inputs), exact()),
+            ("varlen_attn", lambda: varlen(*inputs), _with_backward(varlen, inputs)), is_split=False,
+        )  # fmt: skip
+        cases += [case._replace(part=f"{backend} {case.part}") for case in these]
+    return cases
+
+
+FAMILIES = (
+    Family("xxt", _xxt_cases, lambda stage: list(BANKS)),
+    Family("ba_plus_caa", _ba_cases, lambda stage: list(BANKS)),
+    Family("linear_relu2", _relu2_cases, lambda stage: [(stage.rows,)]),
+    Family("softcapped_cross_entropy", _loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)]),
+    Family("quantize", _quantize_cases, lambda stage: [(stage.rows,)]),
+    Family("fp8_linear_t", _head_cases, lambda stage: [(stage.rows,)]),
+    Family("fp8_head_loss", _head_loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)]),
+    Family("transpose_add", _transpose_add_cases, lambda stage: [()]),
+    Family("transpose_copy", _transpose_copy_cases, lambda stage: [()]),
+    Family("attention", _attention_cases, lambda stage: [(stage.rows, window) for window in stage.windows]),
+)
