@@ -41,7 +41,6 @@ STAGES = (  # the first timed is the one whose references are compiled
 D, HIDDEN, V = 768, 3072, 50304
 HEADS, HEAD_DIM, MAX_SEQ_LEN = 6, 128, 2048
 BANKS = ((24, 768, 3072), (40, 768, 768))
-FP8_SCALES = 100 / 448, 1.6 / 448, 2 / 57344  # of x, of the weight, of the gradient
 FEW, FEW_SLOT = 512, 100  # rows at which errors are computed, and of a slot there
 FEW_WEIGHTS = 1.0, 0.5, 0.25  # there, whatever the stage's: every term of the loss is checked
 
@@ -87,8 +86,10 @@ def _randn(*shape: int, scale: float = 1.0, grad: bool = False) -> Tensor:
     return x.requires_grad_(grad)
 
 
-def _tokens(n: int) -> Tensor:
-    return torch.randint(V, (n,), device=_device())
+def _targets(n: int, slot_len: int, weights: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets of n rows, their positions in their slots, the weights of the next tokens."""
+    positions_N = torch.arange(n, device=_device(), dtype=torch.int32) % slot_len
+    return torch.randint(V, (n,), device=_device()), positions_N, torch.tensor(weights, device=_device())
 
 
 def _max_error(got: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...]) -> float:
@@ -214,28 +215,23 @@ def _relu2_cases(n: int) -> list[Case]:
 
 
 def _loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]:
-    logits, targets = _randn(n, V, scale=4.0, grad=True), _tokens(n)
+    logits, targets = _randn(n, V, scale=4.0, grad=True), _targets(n, slot_len, weights)
     parts = logits.detach().split(4096)  # the softcap is float32
     capped = torch.cat([tk.softcap(part).bfloat16() for part in parts]).requires_grad_()
-    few = (logits[:FEW].detach().requires_grad_(),)
-    weights_K = torch.tensor(weights, device=_device())
-
-    def loss(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda logits_NV: op(logits_NV, targets, weights_K, slot_len)
+    few, few_targets = (logits[:FEW].detach().requires_grad_(),), _targets(FEW, FEW_SLOT, FEW_WEIGHTS)
 
     def error() -> float:
-        limits = targets[:FEW], torch.tensor(FEW_WEIGHTS, device=_device()), FEW_SLOT
-        got = _with_grads(lambda x: tk.softcapped_cross_entropy(x, *limits), few)
+        got = _with_grads(lambda x: tk.softcapped_cross_entropy(x, *few_targets), few)
         exact = _copies(few, torch.float64)
-        return _max_error(got, _with_grads(lambda x: tk.softcapped_cross_entropy_ref(x, *limits), exact))
+        return _max_error(got, _with_grads(lambda x: tk.softcapped_cross_entropy_ref(x, *few_targets), exact))
 
     def library(z_NV: Tensor) -> Tensor:
-        return F.cross_entropy(z_NV, targets, reduction="none")
+        return F.cross_entropy(z_NV, targets[0], reduction="none")
 
     ref, read = _compiled(tk.softcapped_cross_entropy_ref), 2e-12 * n * V
-    calls = loss(tk.softcapped_cross_entropy), loss(ref)
     return _training_cases(
-        f"{n}x{V}/{slot_len}", *calls, (logits,), (read, 3 * read), "TB", error,
+        f"{n}x{V}/{slot_len}", lambda x: tk.softcapped_cross_entropy(x, *targets), lambda x: ref(x, *targets),
+        (logits,), (read, 3 * read), "TB", error,
         ("F.cross_entropy", lambda: library(capped), _with_backward(library, (capped,))),
     )  # fmt: skip
 
@@ -252,82 +248,49 @@ def _quantize_cases(n: int) -> list[Case]:
     return [Case("e5m2", f"{n}x{V}", *calls, library, 4e-12 * n * V, "TB", error, (g,))]
 
 
-def _scaled_mm(n: int) -> tuple[str, Callable[[], object], Callable[[], object]]:
-    """The products of the head, forward and all three, of operands that are already FP8."""
+def _scaled_mm(n: int) -> tuple[str, Callable[[], object]]:
+    """The three products of the head, of operands that are already FP8."""
     one = torch.ones((), device=_device())
-
-    def fp8(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        return _randn(rows, columns).to(dtype)
 
     def product(a8: Tensor, b8_t: Tensor, dtype: torch.dtype, is_fast: bool = False) -> Tensor:
         return torch._scaled_mm(a8, b8_t.T, one, one, out_dtype=dtype, use_fast_accum=is_fast)
 
-    x8_ND, x8_DN, w8_DV, w8_VD = (
-        fp8(*shape, tk.E4M3) for shape in ((n, D), (D, n), (D, V), (V, D))
+    shapes = (n, D), (D, n), (D, V), (V, D)
+    x8_ND, x8_DN, w8_DV, w8_VD = (_randn(*shape).to(tk.E4M3) for shape in shapes)
+    g8_NV, g8_VN = (_randn(*shape).to(tk.E5M2) for shape in ((n, V), (V, n)))
+    bf16 = torch.bfloat16
+    return "_scaled_mm", lambda: (
+        product(x8_ND, w8_VD, bf16, is_fast=True), product(g8_NV, w8_DV, bf16), product(x8_DN, g8_VN, bf16)
     )  # fmt: skip
-    g8_NV, g8_VN = fp8(n, V, tk.E5M2), fp8(V, n, tk.E5M2)
-
-    def forward() -> Tensor:
-        return product(x8_ND, w8_VD, torch.bfloat16, is_fast=True)
-
-    def both() -> tuple[Tensor, ...]:
-        return forward(), product(g8_NV, w8_DV, torch.bfloat16), product(x8_DN, g8_VN, torch.float32)
-
-    return "_scaled_mm", forward, both
 
 
-def _head_inputs(n: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """x and the weight; and a few rows and columns of them, small enough to emulate FP8 on a CPU."""
-    x, w = _randn(n, D, grad=True), _randn(D, V, scale=0.05, grad=True)
-    columns = min(V, 8 * FEW)
-    return (x, w), _copies((x[:FEW], w[:, :columns].contiguous()), _device())
-
-
-def _bf16_head(x_ND: Tensor, w_DV: Tensor) -> Tensor:
-    return x_ND @ w_DV
-
-
-def _head_cases(n: int) -> list[Case]:
-    inputs, few = _head_inputs(n)
-    work = 2e-12 * n * D * V
-
-    def head(x_ND: Tensor, w_DV: Tensor) -> Tensor:
-        return tk.fp8_linear_t(x_ND, w_DV, *FP8_SCALES)
-
-    def error() -> float:
-        emulated = _with_grads(head, _copies(few, "cpu"))
-        return _max_error(tuple(t.cpu() for t in _with_grads(head, few)), emulated)
-
-    return _training_cases(
-        f"{n}x{D}x{V}", head, _compiled(_bf16_head), inputs, (work, 3 * work), "TFLOP", error, _scaled_mm(n)
-    )
-
-
-def _bf16_head_loss(x_ND: Tensor, w_DV: Tensor, *arguments: Tensor | int) -> Tensor:
-    return tk.softcapped_cross_entropy_ref(x_ND @ w_DV, *arguments)
+def _bf16_head_loss(x_ND: Tensor, w_DV: Tensor, *targets: Tensor) -> Tensor:
+    return tk.softcapped_cross_entropy_ref(x_ND @ w_DV, *targets).sum()
 
 
 def _head_loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]:
-    inputs, few = _head_inputs(n)
-    targets, weights_K = _tokens(n), torch.tensor(weights, device=_device())
-    work, ref = 2e-12 * n * D * V, _compiled(_bf16_head_loss)
+    """Loss and gradients, both made in forward. Torch cannot compile the `_ref`, which calls autograd inside:
+    the baseline is the same in bf16.
+    """
+    inputs = _randn(n, D, grad=True), _randn(D, V, scale=0.05, grad=True)
+    targets = _targets(n, slot_len, weights)
+    ref = _compiled(_bf16_head_loss)
 
-    def fused(x_ND: Tensor, w_DV: Tensor) -> Tensor:
-        return tk.fp8_head_loss(x_ND, w_DV, targets, weights_K, slot_len, *FP8_SCALES)
+    def error() -> float:  # few enough rows and columns to emulate FP8 on a CPU
+        columns = min(V, 8 * FEW)
+        few = _copies((inputs[0][:FEW], inputs[1][:, :columns].contiguous()), _device())
+        targets_N, positions_N, weights_K = _targets(FEW, FEW_SLOT, FEW_WEIGHTS)
+        limits = targets_N % columns, positions_N, weights_K
+        got = _with_grads(lambda x, w: tk.fp8_head_loss(x, w, *limits), few)
+        on_cpu = (x.detach().cpu() for x in (*few, *limits))
+        return _max_error(tuple(x.cpu() for x in got), tk.fp8_head_loss_ref(*on_cpu))
 
-    def error() -> float:
-        def loss(x_ND: Tensor, w_DV: Tensor) -> Tensor:
-            t = targets[: len(x_ND)].to(x_ND.device) % w_DV.shape[1]
-            return tk.fp8_head_loss(x_ND, w_DV, t, few_weights.to(x_ND.device), FEW_SLOT, *FP8_SCALES)
-
-        few_weights = torch.tensor(FEW_WEIGHTS)
-        got, emulated = _with_grads(loss, few), _with_grads(loss, _copies(few, "cpu"))
-        return _max_error(tuple(g.cpu() for g in got), emulated)
-
-    return _training_cases(
-        f"{n}x{D}x{V}/{slot_len}", fused, lambda x, w: ref(x, w, targets, weights_K, slot_len), inputs,
-        (work, 3 * work), "TFLOP", error, _scaled_mm(n),
-    )  # fmt: skip
+    calls = (
+        _with_backward(lambda x, w: tk.fp8_head_loss(x, w, *targets), inputs),
+        _with_backward(lambda x, w: ref(x, w, *targets), inputs),
+    )
+    work = 6e-12 * n * D * V
+    return [Case("", f"{n}x{D}x{V}/{slot_len}", *calls, _scaled_mm(n), work, "TFLOP", error, inputs)]
 
 
 def _transpose_add_cases() -> list[Case]:
@@ -367,7 +330,7 @@ def documents(tokens: int) -> Tensor:
 def _attention_cases(tokens: int, window: int) -> list[Case]:
     cu_seqlens = documents(tokens).to(_device())
     lengths = cu_seqlens.diff().long()
-    inputs = tuple(_randn(1, tokens, HEADS, HEAD_DIM, grad=True) for _ in range(3))
+    inputs = tuple(_randn(tokens, HEADS, HEAD_DIM, grad=True) for _ in range(3))
     window_t, scale_t = torch.tensor(window), torch.tensor(0.1)
     near = lengths.clamp(max=window + 1)
     pairs = int((near * (near + 1) // 2 + (lengths - near) * (window + 1)).sum())
@@ -382,7 +345,7 @@ def _attention_cases(tokens: int, window: int) -> list[Case]:
         from torch.nn.attention.varlen import varlen_attn  # not in every torch
 
         limits = cu_seqlens, cu_seqlens, MAX_SEQ_LEN, MAX_SEQ_LEN
-        return varlen_attn(q[0], k[0], v[0], *limits, scale=0.1, window_size=(window, 0))
+        return varlen_attn(q, k, v, *limits, scale=0.1, window_size=(window, 0))
 
     exact = functools.cache(lambda: _with_grads(call("reference"), _copies(inputs, torch.float32)))
     usable = [name for name, is_usable, _ in tk.attention_backends(_device(), torch.bfloat16) if is_usable]
@@ -398,14 +361,17 @@ def _attention_cases(tokens: int, window: int) -> list[Case]:
     return cases
 
 
+def _has_fp8() -> bool:
+    return _device() == "cpu" or tk.fp8_available("cuda")[0]  # a CPU emulates it
+
+
 FAMILIES = (
     Family("xxt", _xxt_cases, lambda stage: list(BANKS)),
     Family("ba_plus_caa", _ba_cases, lambda stage: list(BANKS)),
     Family("linear_relu2", _relu2_cases, lambda stage: [(stage.rows,)]),
     Family("softcapped_cross_entropy", _loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)]),
     Family("quantize", _quantize_cases, lambda stage: [(stage.rows,)]),
-    Family("fp8_linear_t", _head_cases, lambda stage: [(stage.rows,)]),
-    Family("fp8_head_loss", _head_loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)]),
+    Family("fp8_head_loss", _head_loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)] * _has_fp8()),
     Family("transpose_add", _transpose_add_cases, lambda stage: [()]),
     Family("transpose_copy", _transpose_copy_cases, lambda stage: [()]),
     Family("attention", _attention_cases, lambda stage: [(stage.rows, window) for window in stage.windows]),

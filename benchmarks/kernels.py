@@ -9,11 +9,11 @@ Times are medians of CUDA-event intervals on the device: a sleeping kernel runs 
 queued before their turn and the host's time does not count. Caches are not flushed: a * marks a row whose
 inputs fit in the L2 cache. `vs ref` and `vs library` are their times over ours: above 1, ours is faster.
 References are compiled, once each, at the shapes of the first stage timed. The library call is often less
-work than ours, and then a bound: products without the activation or the quantization, cross-entropy of
-logits that are capped already, a copy without the transpose. An op without a `_ref` of its own is compared
-with its bf16 composition. The error is the largest difference over the largest magnitude, of outputs and
-gradients, against float64 or float32 (FP8: against the same rounding emulated on the CPU), at a size that
-allows it.
+work than ours, and then a bound: products without the activation or the quantization, cross-entropy of logits
+that are capped already, a copy without the transpose. The reference of fp8_head_loss is the same in bf16,
+because torch cannot compile its `_ref`. The error is the largest difference over the largest magnitude, of
+outputs and gradients, against float64 or float32 (FP8: against the same rounding emulated on the CPU), at a
+size that allows it.
 
 One failing kernel prints its error in its row and the others go on; the exit code is then 1. Without a GPU
 it is 2.
@@ -193,6 +193,7 @@ WIDE = _tiles(
     (128, 128, 128, 2, 8), (256, 128, 64, 3, 8),
 )  # fmt: skip
 BLOCKS = ((1024, 2), (1024, 4), (2048, 2), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8))
+CHUNKS = (8192,), (12288,), (16384,), (24576,)  # no more: memory is to win as well
 BYTES = ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
 PAIRS = (((64, 128), 4), ((64, 128), 8), ((128, 128), 8), ((64, 64), 4), ((128, 64), 4), ((128, 64), 8))
 TUNED = (
@@ -204,6 +205,7 @@ TUNED = (
     Tuned(("CE_FORWARD_BLOCK", "CE_FORWARD_WARPS"), "softcapped_cross_entropy", "forward", BLOCKS),
     Tuned(("CE_BACKWARD_BLOCK", "CE_BACKWARD_WARPS"), "softcapped_cross_entropy", "backward", BLOCKS),
     Tuned(("QUANTIZE_TILE", "QUANTIZE_WARPS"), "quantize", "e5m2", PAIRS),
+    Tuned(("HEAD_CHUNK",), "fp8_head_loss", "", CHUNKS),
     Tuned(("TRANSPOSE_BYTES", "TRANSPOSE_WARPS"), "transpose_add", "", BYTES),
 )
 
@@ -376,11 +378,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def describe() -> dict[str, str]:
     """What the numbers depend on."""
-    backends = tk.attention_backends("cuda", torch.bfloat16)
+    backends, (_, fp8_problem) = tk.attention_backends("cuda", torch.bfloat16), tk.fp8_available("cuda")
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": tk.triton.__version__,
+        "fp8": fp8_problem or "usable",
         "attention": "; ".join(
             f"{name} {'usable' if is_usable else why}" for name, is_usable, why in backends
         ),

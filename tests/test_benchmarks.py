@@ -25,6 +25,7 @@ COMMAND = ROOT / "benchmarks" / "kernels.py"
 KERNELS = ROOT / "triton_kernels.py"
 # Upper-case names of triton_kernels.py that no autotuning may touch.
 NOT_CONFIGS = {"SOFTCAP_A", "SOFTCAP_B", "SOFTCAP_C", "NUM_TARGETS", "E4M3", "E5M2", "ATTENTION_BACKENDS"}
+NOT_CONFIGS |= {"HEAD_X_SCALE", "HEAD_W_SCALE", "HEAD_GRAD_SCALE"}
 
 
 def load():
@@ -121,29 +122,20 @@ def test_documents_cover_the_batch_and_are_as_long_as_said():
 # 2. the table
 
 
-def test_every_family_runs_through_the_references(toy, monkeypatch):
-    called = set()
-    for op in OPS:
-        name = op if hasattr(tk, op) else f"_{op}"
-        original = getattr(tk, name)
-
-        def counted(*arguments, op=op, original=original, **options):
-            called.add(op)
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(tk, name, counted)
-    for family in bench.FAMILIES:
-        called.clear()
-        rows = list(bench.bench((toy,), f"^{family.op}$", cache_bytes=1))
-        assert rows, family.op
-        assert family.op in called, f"{family.op} is not what its cases call"
-        for row in rows:
-            assert not row.problem, row
-            assert row.us > 0, row
-            assert row.rate > 0, row
-            assert row.error is not None, row
-            assert not [note for note in row.notes if note.startswith("no ref")], row
-            bench.format_row(row)
+@pytest.mark.parametrize("op", OPS)
+def test_every_family_runs_through_the_references(toy, monkeypatch, op):
+    name, called = op if hasattr(tk, op) else f"_{op}", []
+    original = getattr(tk, name)
+    monkeypatch.setattr(tk, name, lambda *a, **options: (called.append(op), original(*a, **options))[1])
+    rows = list(bench.bench((toy,), f"^{op}$", cache_bytes=1))
+    assert rows
+    assert called, f"{op} is not what its cases call"
+    for row in rows:
+        assert not row.problem, row
+        assert row.us > 0, row
+        assert row.rate > 0, row
+        assert row.error is not None, row
+        assert not [note for note in row.notes if note.startswith("no ref")], row
 
 
 def test_shapes_that_stages_share_are_timed_once_and_refs_at_the_first(toy):
@@ -394,6 +386,37 @@ def test_options_that_make_no_sense_are_refused(arguments, message, capsys):
         bench.parse(arguments)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_clock_takes_the_median_and_keeps_the_device_busy(monkeypatch):
+    intervals, slept, calls = iter([9.0, 1.0, 2.0, 3.0, 50.0]), [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self): ...
+
+        def synchronize(self): ...
+
+        def elapsed_time(self, other):
+            return next(intervals)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    assert bench.time_us(lambda: calls.append(1), repeats=5) == 3000.0
+    assert (len(calls), len(slept)) == (7, 5)
+    assert all(200_000 <= cycles <= 40_000_000 for cycles in slept)
+
+
+def test_the_header_names_what_the_numbers_depend_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(tk, "triton", type("Triton", (), {"__version__": "3.0"}))
+    about = bench.describe()
+    assert (about["gpu"], about["torch"], about["triton"]) == ("a GPU", torch.__version__, "3.0")
+    assert all(name in about["attention"] for name in tk.ATTENTION_BACKENDS)
+    assert about["fp8"]
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
