@@ -105,7 +105,7 @@ class Recipe:
     val_windows: tuple[int, int]  # (short, long) of the final validation
     val_every: int  # steps
     target: float  # validation loss the track asks for
-    fp8_head: bool
+    fp8: tuple[str, ...]  # which products of training run in FP8 where the GPU can: "head", "mlp"
     cpu_compile: bool = True  # whether torch.compile pays where there is no GPU
     tokenizer: str | None = None  # the recipe's target means something only for this tokenizer
     cooldown: float = 0.5  # fraction of the scheduled steps over which the learning rate falls
@@ -183,7 +183,7 @@ SHORT = Recipe(
     stages=gpt_stages(575, 40), momentum=((0, 0.85), (300, 0.95), (1715, 0.95), (1765, 0.85)),
     slots=8, micro_tokens=64 * 1024, max_seq_len=2048,
     val_tokens=10 * 1024 * 1024, val_slot=256 * 1024, val_windows=(768, 2560), val_every=250,
-    target=3.28, fp8_head=True, tokenizer="gpt2",
+    target=3.28, fp8=("head",), tokenizer="gpt2",
 )
 SPRINT = replace(
     SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322, tokenizer=None,
@@ -200,7 +200,7 @@ TINY = Recipe(
     momentum=((0, 0.85), (25, 0.95), (115, 0.95), (125, 0.85)),
     slots=12, micro_tokens=8192, max_seq_len=768,
     val_tokens=65536, val_slot=2048, val_windows=(128, 384), val_every=25,
-    target=4.15, fp8_head=False, cpu_compile=False,
+    target=4.15, fp8=(), cpu_compile=False,
 )
 RECIPES = {recipe.name: recipe for recipe in (TINY, SPRINT, SHORT)}
 # fmt: on
@@ -250,7 +250,7 @@ class Config:
     slots: int
     dtype: torch.dtype
     attention: str  # backend of kernels.attention
-    fp8_head: bool
+    fp8: tuple[str, ...]
 
     @property
     def padded_vocab(self) -> int:
@@ -850,7 +850,8 @@ class GPT(nn.Module):
         gate = smear * torch.sigmoid(F.linear(e[:, :GATE_DIM], self.smear_gate))
         before = torch.cat((torch.zeros_like(e[:1]), e[:-1]))
         x = x0 = norm(e + torch.where(where[0].unsqueeze(1) > 0, gate * before, 0))
-        kept = {}
+        is_fp8 = self.training and "mlp" in self.cfg.fp8
+        mlp, kept = kernels.fp8_linear_relu2 if is_fp8 else kernels.linear_relu2, {}
         for i, (layer, w) in enumerate(zip(self.layers, self.layer_weights(tokens_N), strict=True)):
             if layer.skip_from:
                 gate = 2 * torch.sigmoid(skip) * torch.sigmoid(F.linear(x0[:, :GATE_DIM], self.skip_gate))
@@ -859,7 +860,7 @@ class GPT(nn.Module):
             x = (resid[i] + x0_mul[i]) * x if i == 0 else resid[i] * x + x0_mul[i] * x0
             if layer.attn:
                 x = x + self.attend(norm(x), layer, w, where, knobs)
-            x = x + kernels.linear_relu2(norm(x), w["fc"], w["proj"])
+            x = x + mlp(norm(x), w["fc"], w["proj"])
             if layer.save_as:
                 kept[layer.save_as] = x
         return norm(x - backout * kept["backout"])
@@ -874,7 +875,7 @@ class GPT(nn.Module):
             pieces = zip(x_ND.split(VAL_ROWS), targets_N.split(VAL_ROWS), strict=True)
             return torch.stack([kernels.softcapped_nll(x @ self.lm_head, t).sum() for x, t in pieces]).sum()
         rows = targets_N, positions_N, knobs.mtp_K
-        if self.cfg.fp8_head:
+        if "head" in self.cfg.fp8:
             return kernels.fp8_head_loss(x_ND, self.lm_head, *rows)
         return kernels.softcapped_cross_entropy(x_ND @ self.lm_head, *rows).sum()
 
@@ -907,14 +908,13 @@ def polar_express(u_MRC: Tensor, dtype: torch.dtype) -> Tensor:
     Error: singular values in (0.83, 1.15) where they were at least 1e-3 of the norm (test_optim.py).
     Source: arXiv 2505.16932. Computed in `dtype`.
     """
-    x = u_MRC.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).contiguous()
+    is_tall = u_MRC.shape[-2] > u_MRC.shape[-1]
+    x = (u_MRC / (u_MRC.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).to(dtype)
     for a, b, c in POLAR_COEFFICIENTS:
-        gram = kernels.xxt(x)
-        x = torch.baddbmm(x, kernels.ba_plus_caa(gram, c, b), x, beta=a)
-    return x.mT if tall else x
+        # The smaller of the two products of x with itself; a tall x is multiplied from the right.
+        poly = kernels.ba_plus_caa(kernels.xxt(x.mT if is_tall else x), c, b)
+        x = torch.baddbmm(x, *((x, poly) if is_tall else (poly, x)), beta=a)
+    return x
 
 
 def join_float32(high: Tensor, low: Tensor) -> Tensor:
@@ -1110,8 +1110,8 @@ class NorMuonAndAdam:
             lr, t = r.adam_lr * row.lr_mul[0] * sched.lr, self.updates[row.name]
             step_size = torch.tensor(lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
             decay = torch.tensor(lr * lr * r.adam_wd * row.wd_mul)
-            # Elementwise, so one graph with a run-time number of rows does for all. A known width of rows lets
-            # the compiler load 16 bytes at a time: 7 times the speed of flat views.
+            # Elementwise: one graph with a run-time number of rows does for all. Rows of a known width let the
+            # compiler load 16 bytes at a time: 7 times the speed of flat views.
             width = ADAM_WIDTH if mine.numel() % ADAM_WIDTH == 0 else 1
             rows = [x.view(-1, width) for x in (mine, grad, state["m"], state["v"])]
             for x in rows:
@@ -1164,6 +1164,7 @@ class Job:
     mtp_SK: Tensor  # float32 [steps + 1, 3], on the device
     clock: Clock
     log: Log | None = None  # opened when all input has been checked
+    passes: "Passes | None" = None
     first_step: int = 0
     checkpoint_every: int = 0
 
@@ -1220,21 +1221,62 @@ def compiler_for(recipe: Recipe, device: torch.device) -> tuple[Callable, list[s
     return functools.partial(torch.compile, fullgraph=True), []
 
 
-def forward_backward(job: Job, micro: Batch, knobs: Knobs) -> Tensor:
-    """Add one micro-batch's gradients; its summed token loss comes back, detached."""
-    loss = job.forward(*micro, job.cfg.recipe.max_seq_len, knobs)
-    (loss * GRAD_SCALE).backward()
-    return loss.detach()
+class Passes:
+    """Forward and backward of one micro-batch: adds its gradients, returns its summed token loss, detached.
+
+    On a GPU it is recorded once a stage as a CUDA graph and replayed, so that no kernel waits for the host.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.graphs, self.pool = job, {}, None
+        self.params = list(job.model.parameters())
+        # A graph writes to fixed addresses: these stand in for the gradients that it would have made.
+        self.grads = [torch.empty_like(p) for p in self.params] if job.ranks.device.type == "cuda" else None
+
+    def eager(self, micro: Batch, knobs: Knobs) -> Tensor:
+        loss = self.job.forward(*micro, self.job.cfg.recipe.max_seq_len, knobs)
+        (loss * GRAD_SCALE).backward()
+        return loss.detach()
+
+    def __call__(self, micro: Batch, sched: Sched) -> Tensor:
+        knobs = self.job.knobs(sched)
+        if self.grads is None:
+            return self.eager(micro, knobs)
+        for p, grad in zip(self.params, self.grads, strict=True):
+            if p.grad is not grad:
+                p.grad = grad.zero_() if p.grad is None else grad.copy_(p.grad)
+        if sched.stage not in self.graphs:
+            self._record(micro, knobs, sched.stage)
+        graph, inputs, loss = self.graphs[sched.stage]
+        for there, here in zip(inputs, (*micro, knobs.mtp_K), strict=True):
+            there.copy_(here)
+        graph.replay()
+        return loss.clone()
+
+    def _record(self, micro: Batch, knobs: Knobs, stage: int) -> None:
+        *batch, mtp_K = (x.clone() for x in (*micro, knobs.mtp_K))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self.eager(Batch(*batch), knobs._replace(mtp_K=mtp_K))
+        self.graphs[stage], self.pool = (graph, (*batch, mtp_K), loss), graph.pool()
 
 
 def warm_up(job: Job) -> None:
-    """Compile: run every kind of step once on random tokens, which cannot teach; put all back bitwise."""
+    """Compile, record: run every kind of step on random tokens, which cannot teach; restore all bitwise."""
     cfg, r, gen = job.cfg, job.cfg.recipe, np.random.default_rng(0)
     model, optimizer = {k: v.clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
-    per_rank, first, began = cfg.slots // job.ranks.world_size, 0, time.perf_counter()
+    per_rank, first, seconds = cfg.slots // job.ranks.world_size, 0, {}
     grads = [p.grad for p in job.model.parameters()]
     job.model.zero_grad(set_to_none=True)
-    for number, stage in enumerate(r.stages, start=1):
+
+    def timed(what: str, call: Callable, *arguments: object) -> None:
+        job.log.progress(f"warm-up: {what}")
+        began = time.perf_counter()
+        call(*arguments)
+        job.clock.synchronize()
+        seconds[what] = seconds.get(what, 0) + time.perf_counter() - began
+
+    for stage in r.stages:
         # An even and an odd step, and the one that unties embedding and head.
         for step in sorted({first & ~1, first | 1} | ({r.split_step} if first else set())):
             sched, slot_tokens = at(r, step), stage.batch_tokens // cfg.slots
@@ -1242,12 +1284,13 @@ def warm_up(job: Job) -> None:
             noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
             begins = np.arange(0, slot_tokens, r.max_seq_len)
             packed = pack_batch([(row, begins) for row in noise], size * job.max_docs)
-            forward_backward(job, to_device(packed, job.ranks.device), job.knobs(sched))
-            job.optimizer.step(sched)
+            micro = to_device(packed, job.ranks.device)
+            timed("training graph", job.passes.eager, micro, job.knobs(sched))
+            timed("recording", job.passes, micro, sched)
+            timed("optimizer", job.optimizer.step, sched)
         first += stage.steps
-        job.clock.synchronize()
-        job.log.say(f"warm-up: stage {number} of {len(r.stages)} after {time.perf_counter() - began:.1f} s")
-    validate(job, at(r, 0), limit=1)
+    timed("evaluation graph", validate, job, at(r, 0), 1)
+    job.log.say("warm-up: " + ", ".join(f"{what} {s:.1f} s" for what, s in seconds.items()))
     job.model.load_state_dict(model)
     job.optimizer.load_state_dict(optimizer)
     for p, grad in zip(job.model.parameters(), grads, strict=True):
@@ -1366,8 +1409,7 @@ def train(job: Job, stop: StopRequest) -> dict[str, object]:
                     raise Ended(f"diverged at step {step}: validation loss is {loss}", 3)
         if step == last:
             break
-        knobs = job.knobs(sched)
-        losses = [forward_backward(job, micro, knobs) for micro in next(stream)]
+        losses = [job.passes(micro, sched) for micro in next(stream)]
         job.optimizer.step(sched)
         monitor.put(step, torch.stack(losses).sum(), stop.is_set)
         is_last = monitor.drain()
@@ -1391,7 +1433,7 @@ def describe(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus
         "dirty": "unknown" if status is None else str(bool(status)).lower(),
         "data": f"sha256={corpus.sha256}", "recipe": cfg.recipe.name, "seed": args.seed,
         "world_size": ranks.world_size, "slots": cfg.slots, "dtype": str(cfg.dtype).removeprefix("torch."),
-        "attention": cfg.attention, "fp8_head": str(cfg.fp8_head).lower(), "target": cfg.recipe.target,
+        "attention": cfg.attention, "fp8": " ".join(cfg.fp8) or "no", "target": cfg.recipe.target,
         **({"resumed": args.resume} if args.resume else {}),
         "command": " ".join(sys.argv), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
@@ -1412,11 +1454,11 @@ def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[C
     reasons = "; ".join(f"no {name}: {why}" for name, is_usable, why in backends if not is_usable)
     lines.append(f"attention backend {backend}" + (f" ({reasons})" if reasons else ""))
     has_fp8, reason = kernels.fp8_available(ranks.device)
-    if recipe.fp8_head and not has_fp8:
-        lines.append(f"head: {str(dtype).removeprefix('torch.')} instead of FP8 ({reason})")
+    if recipe.fp8 and not has_fp8:
+        lines.append(f"{str(dtype).removeprefix('torch.')} instead of FP8 ({reason})")
     return Config(
         recipe=recipe, vocab_size=corpus.vocab_size, slots=slots, dtype=dtype, attention=backend,
-        fp8_head=recipe.fp8_head and has_fp8,
+        fp8=recipe.fp8 if has_fp8 else (),
     ), lines  # fmt: skip
 
 
@@ -1431,6 +1473,7 @@ def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -
         mtp_SK=torch.tensor([at(r, step).mtp for step in range(r.total_steps + 1)]).to(ranks.device),
         clock=Clock(ranks.device), checkpoint_every=args.checkpoint_every,
     )  # fmt: skip
+    job.passes = Passes(job)
     if args.resume:
         read_checkpoint(args.resume, job)
     return job, lines

@@ -5,9 +5,10 @@
 
 A public function runs its Triton kernel where the tensors are on a GPU and Triton is installed, and its
 `_ref` otherwise, so that the same trainer runs on a laptop. All of them work eagerly and under
-torch.compile(fullgraph=True), with any number of rows in one graph. Kernels accumulate in float32 and take the dtype that they write
-from the pointer. Launches use the current CUDA device: it must be the one that holds the tensors. Configs are
-frozen in the table at the top of each family; nothing is tuned, compiled or allocated at import.
+torch.compile(fullgraph=True), with any number of rows in one graph. Kernels accumulate in float32 and take
+the dtype that they write from the pointer. Launches use the current CUDA device: it must be the one that
+holds the tensors. Configs are frozen in the table at the top of each family; nothing is tuned, compiled or
+allocated at import.
 
 Roofline times are for one H200: 4.3 TB/s measured copy bandwidth, 790 TFLOP/s measured bf16 matmul.
 
@@ -82,6 +83,7 @@ def _dot_rows(
     b_rows,  # (BN,)
     stride_a,
     stride_b,
+    stride_k,  # of both
     K,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -90,12 +92,12 @@ def _dot_rows(
 ):
     """acc[i, j] = sum_k a[a_rows[i], k] * b[b_rows[j], k] in float32.
 
-    Both operands are read along k, so that loads coalesce; the second is transposed on its way to the tensor
-    core (record 69, pull request 217).
+    Both operands are read in one form, so that both coalesce, along k or along the rows, whichever has the
+    stride 1; the second is transposed on its way to the tensor core (record 69, pull request 217).
     """
     ks = tl.arange(0, BK)
-    a_ptrs = a_ptr + a_rows[:, None] * stride_a + ks[None, :]
-    b_ptrs = b_ptr + b_rows[:, None] * stride_b + ks[None, :]
+    a_ptrs = a_ptr + a_rows[:, None] * stride_a + ks[None, :] * stride_k
+    b_ptrs = b_ptr + b_rows[:, None] * stride_b + ks[None, :] * stride_k
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, K, BK):
         if EVEN_K:
@@ -106,8 +108,8 @@ def _dot_rows(
             a = tl.load(a_ptrs, mask=inside, other=0.0)
             b = tl.load(b_ptrs, mask=inside, other=0.0)
         acc = tl.dot(a, tl.trans(b), acc)
-        a_ptrs += BK
-        b_ptrs += BK
+        a_ptrs += BK * stride_k
+        b_ptrs += BK * stride_k
     return acc
 
 
@@ -118,7 +120,7 @@ def _dot_rows(
 # the lower triangle of blocks, 21 of 36, 51 GFLOP: 64 us. 40 of 768 x 768: 94 MB, 22 us; 21 GFLOP, 27 us.
 # The tiles are the winners of record 65's search (pull request 215), the warps those of record 69.
 XXT_TILES = {768: Tile(128, 128, 64, 4, 8)}  # by inner dimension
-XXT_TILE_OTHER = Tile(64, 128, 128, 4, 8)
+XXT_TILE_OTHER = Tile(128, 128, 64, 4, 8)
 
 
 def xxt_ref(x_MNK: Tensor) -> Tensor:
@@ -149,12 +151,13 @@ def _store_symmetric(c_ptr, acc, m0, n0, N, BM: tl.constexpr, BN: tl.constexpr):
 
 @jit
 def _xxt_kernel(
-    x_ptr,  # (M, N, K), last stride 1
+    x_ptr,  # (M, N, K), last or middle stride 1
     c_ptr,  # (M, N, N) contiguous
     N,
     K,
     stride_m,
     stride_n,
+    stride_k,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -172,18 +175,18 @@ def _xxt_kernel(
     # Rows beyond N read row N - 1 and are not stored: cheaper than a mask in the loop.
     rows_in = tl.minimum(m0 + tl.arange(0, BM), N - 1)
     cols_in = tl.minimum(n0 + tl.arange(0, BN), N - 1)
-    acc = _dot_rows(x_ptr, x_ptr, rows_in, cols_in, stride_n, stride_n, K, BM, BN, BK, EVEN_K)
+    acc = _dot_rows(x_ptr, x_ptr, rows_in, cols_in, stride_n, stride_n, stride_k, K, BM, BN, BK, EVEN_K)
     _store_symmetric(c_ptr, acc, m0, n0, N, BM, BN)
 
 
 @torch.library.custom_op("splits::xxt", mutates_args=())
 def _xxt(x_MNK: Tensor) -> Tensor:
-    x_MNK = _rows_contiguous(x_MNK)
+    x_MNK = x_MNK if x_MNK.stride(1) == 1 else _rows_contiguous(x_MNK)
     m, n, k = x_MNK.shape
     tile = XXT_TILES.get(k, XXT_TILE_OTHER)
     c_MNN = x_MNK.new_empty(m, n, n)
     grid = (_cdiv(n, tile.block_m) * _cdiv(n, tile.block_n), m)
-    _xxt_kernel[grid](x_MNK, c_MNN, n, k, x_MNK.stride(0), x_MNK.stride(1), **tile.launch(k))
+    _xxt_kernel[grid](x_MNK, c_MNN, n, k, *x_MNK.stride(), **tile.launch(k))
     return c_MNN
 
 
@@ -194,7 +197,10 @@ def _(x_MNK):
 
 
 def xxt(x_MNK: Tensor) -> Tensor:
-    """C_MNN = X X^T of every matrix; one triangle is computed and mirrored. No gradient."""
+    """C_MNN = X X^T of every matrix; one triangle is computed and mirrored. No gradient.
+
+    X may be a transposed view: then it is Y^T Y of a tall Y, which is not copied.
+    """
     return _xxt(x_MNK) if _use_matmul_kernels(x_MNK) else xxt_ref(x_MNK)
 
 
@@ -234,7 +240,7 @@ def _ba_plus_caa_kernel(
     c_ptr += matrix * N * N
     rows_in = tl.minimum(m0 + tl.arange(0, BM), N - 1)
     cols_in = tl.minimum(n0 + tl.arange(0, BN), N - 1)
-    acc = _dot_rows(a_ptr, a_ptr, rows_in, cols_in, stride_n, stride_n, N, BM, BN, BK, EVEN_K)
+    acc = _dot_rows(a_ptr, a_ptr, rows_in, cols_in, stride_n, stride_n, 1, N, BM, BN, BK, EVEN_K)
     cols = n0 + tl.arange(0, BN)
     a = tl.load(a_ptr + rows_in[:, None] * stride_n + cols[None, :], mask=cols[None, :] < N, other=0.0)
     _store_symmetric(c_ptr, alpha * acc + beta * a.to(tl.float32), m0, n0, N, BM, BN)
@@ -264,18 +270,127 @@ def ba_plus_caa(a_MNN: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. linear_relu2: relu(x W1^T)^2 W2
+# 3. quantize: FP8 of x / scale in both layouts
 
-# At N = 49,152, D = 768, F = 3072 a product is 232 GFLOP, 294 us. The first moves 382 MB, 89 us. Forward is 2
-# such products, backward 4: 0.59 and 1.17 ms. Fusing the activation saves a write and a read of the (N, F)
-# tensor, 604 MB or 140 us, in each direction. One (N, F) tensor is kept for backward: post = relu(pre)^2, and
-# backward takes relu(pre) = sqrt(post) (pull request 322). It is the accurate choice as well as the small
-# one: post is rounded once, to a relative error of 2^-9 in bf16, and the root halves that, so 2 sqrt(post) is
-# closer than 2 relu(pre) from a stored bf16 pre would be. Keeping relu(pre) instead would cost a pass to
-# square it for dW2. Tiles go along F first: W1 (4.7 MB) stays in the L2 cache and each row block of x is read
-# from memory once.
-RELU2_FORWARD_TILE = Tile(128, 256, 64, 3, 8)
-RELU2_BACKWARD_TILE = Tile(128, 256, 64, 3, 8)
+# Traffic for the logits' gradient at N = 49,152, V = 50,304: bf16 read 4.9 GB, written in both layouts 2 x
+# 2.5 GB: 2.3 ms in one pass (three eager passes and a transpose: 6 ms). The second layout is there because an
+# FP8 matmul takes both operands along the inner dimension only.
+QUANTIZE_TILE = (64, 128)  # rows, columns; record 76, pull request 240
+QUANTIZE_WARPS = 8
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # 3 mantissa bits, max 448; 2 mantissa bits, max 57344
+
+
+def quantize_ref(x_NC: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    limit = torch.finfo(dtype).max
+    x8_NC = (x_NC.float() * (1.0 / scale)).clamp(-limit, limit).to(dtype)
+    return x8_NC, x8_NC.T.contiguous()
+
+
+@jit
+def _quantize_kernel(
+    x_ptr,  # (N, C), last stride 1
+    row_ptr,  # (N, C) contiguous, FP8
+    col_ptr,  # (C, N) contiguous, the same values as bytes
+    num_rows,
+    num_cols,
+    stride,
+    inv_scale,
+    LIMIT: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """x / scale rounded once to FP8, written in both layouts; saturates, and keeps NaN."""
+    blocks_c = tl.cdiv(num_cols, BC)
+    rows = (tl.program_id(0) // blocks_c).to(tl.int64) * BN + tl.arange(0, BN)  # N * V exceeds 2^31
+    cols = tl.program_id(0) % blocks_c * BC + tl.arange(0, BC)
+    row_ok = rows < num_rows
+    col_ok = cols < num_cols
+    inside = row_ok[:, None] & col_ok[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    x *= inv_scale
+    x = tl.where(x > LIMIT, LIMIT, x)
+    x = tl.where(x < -LIMIT, -LIMIT, x)
+    x8 = x.to(row_ptr.dtype.element_ty)
+    tl.store(row_ptr + rows[:, None] * num_cols + cols[None, :], x8, mask=inside)
+    wide_cols = cols.to(tl.int64)
+    col_ptrs = col_ptr + wide_cols[:, None] * num_rows + rows[None, :]
+    bytes_CN = tl.trans(x8.to(tl.int8, bitcast=True))
+    tl.store(col_ptrs, bytes_CN, mask=col_ok[:, None] & row_ok[None, :])
+
+
+def _quantize(x_NC: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x8_NC, x8_CN): FP8 of x / scale in both layouts."""
+    if not _use_kernels(x_NC):
+        return quantize_ref(x_NC, scale, dtype)
+    x_NC, (block_n, block_c) = _rows_contiguous(x_NC), QUANTIZE_TILE
+    (n, c), stride = x_NC.shape, x_NC.stride(0)
+    x8_NC = torch.empty(n, c, dtype=dtype, device=x_NC.device)
+    x8_CN = torch.empty(c, n, dtype=dtype, device=x_NC.device)
+    grid = (_cdiv(n, block_n) * _cdiv(c, block_c),)
+    constants = {"LIMIT": torch.finfo(dtype).max, "BN": block_n, "BC": block_c, "num_warps": QUANTIZE_WARPS}
+    _quantize_kernel[grid](x_NC, x8_NC, x8_CN.view(torch.int8), n, c, stride, 1.0 / scale, **constants)
+    return x8_NC, x8_CN
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. products of FP8 matrices
+
+
+@functools.cache
+def fp8_available(device: torch.device | str) -> tuple[bool, str]:
+    """Whether the device multiplies FP8 matrices, and if not the reason."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False, f"FP8 matmul needs an NVIDIA GPU, the device is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return False, f"FP8 matmul needs compute capability 8.9, the device has {major}.{minor}"
+    return True, ""
+
+
+@functools.cache
+def _on_device(scale: float, device: torch.device) -> Tensor:
+    # cuBLAS 13 wants each scale at a 16-byte aligned address: its own allocation has one, a slice need not.
+    return torch.full((), scale, dtype=torch.float32, device=device)
+
+
+def _matmul_fp8(
+    a8: Tensor, b8_t: Tensor, scale_a: float, scale_b: float, out: Tensor, is_fast: bool
+) -> Tensor:
+    """out = a8 @ b8_t.T times both scales; both operands row-major. Emulated in float32 on a CPU."""
+    if not a8.is_cuda:
+        return out.copy_((a8.float() @ b8_t.float().T) * (scale_a * scale_b))
+    is_available, reason = fp8_available(a8.device)
+    if not is_available:
+        raise ValueError(f"FP8 head: {reason}; use the bf16 head")
+    scales = (_on_device(scale, a8.device) for scale in (scale_a, scale_b))
+    return torch._scaled_mm(a8, b8_t.T, *scales, out_dtype=out.dtype, use_fast_accum=is_fast, out=out)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. linear_relu2: relu(x W1^T)^2 W2, in bf16 or with an FP8 forward
+
+# At N = 49,152, D = 768, F = 3072 a product is 232 GFLOP, 294 us, half in FP8. The first moves 382 MB, 89 us.
+# Forward is 2 such products, backward 4: 0.59 and 1.17 ms. Fusing the activation saves a write and a read of
+# the (N, F) tensor, 604 MB or 140 us, in each direction. One (N, F) tensor is kept for backward: post =
+# relu(pre)^2, and backward takes relu(pre) = sqrt(post) (pull request 322). It is the accurate choice as well
+# as the small one: post is rounded once, to a relative error of 2^-9 in bf16, and the root halves that, so
+# 2 sqrt(post) is closer than 2 relu(pre) from a stored bf16 pre would be. Keeping relu(pre) instead would
+# cost a pass to square it for dW2. Tiles go along F first: W1 (4.7 MB) stays in the L2 cache and each row
+# block of x is read from memory once.
+# The kernel is persistent, its two loops flattened into one, and the tensor memory accelerator (TMA)
+# carries the blocks, so that a tile's first ones arrive while the tile before is stored. One H200, torch
+# 2.11, medians of 10, us: forward 387, backward 491; not flattened 489 and 568; a program for each tile, with
+# pointers, 527 and 632. The bare product by cuBLAS: 336.
+RELU2_FORWARD = Tile(128, 256, 64, 3, 8), 1  # and the programs a processor
+RELU2_BACKWARD = Tile(128, 128, 64, 5, 4), 2  # in two waves, since one fills a processor; in one wave 501 us
+# FP8 forward (records 84 and 89, pull requests 306 and 342) moves 493 MB, 115 us: post is written twice.
+RELU2_FP8 = Tile(128, 256, 64, 4, 8), 1
+# Static scales, powers of two: e4m3 is normal from 2^-6 to 448, subnormal from 2^-9; values beyond saturate.
+RELU2_X_SCALE = 1 / 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
+RELU2_W_SCALE = 1 / 256  # both weights, to 1.75: entries of 0.03 become 8
+RELU2_POST_SCALE = 1.0  # to 448: |pre| <= 21
 
 
 def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -283,87 +398,142 @@ def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
     return F.relu(x_ND @ w1_FD.T).square() @ w2_FD
 
 
+def _e4m3(x: Tensor, scale: float) -> Tensor:
+    """x / scale in e4m3, saturated, without a gradient. Compiled, part of the kernel that computes x."""
+    limit = torch.finfo(E4M3).max
+    return (x.detach().float() * (1.0 / scale)).clamp(-limit, limit).to(E4M3)
+
+
+def _valued(exact: Tensor, value: Tensor) -> Tensor:
+    """The value of one tensor with the gradient of the other (straight-through)."""
+    return value + (exact - exact.detach())
+
+
+def fp8_linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
+    """The rounding emulated in at least float32, two products for each: for tests and small machines."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+
+    def rounded(x: Tensor, scale: float) -> Tensor:
+        return _e4m3(x, scale).to(wide) * scale
+
+    x, w1, w2 = (t.to(wide) for t in (x_ND, w1_FD, w2_FD))
+    pre_NF = _valued(x @ w1.T, rounded(x, RELU2_X_SCALE) @ rounded(w1, RELU2_W_SCALE).T)
+    post_NF = F.relu(pre_NF).square()
+    y_ND = _valued(post_NF @ w2, rounded(post_NF, RELU2_POST_SCALE) @ rounded(w2, RELU2_W_SCALE))
+    return y_ND.to(x_ND.dtype)
+
+
 @jit
-def _block_of_rows(
-    a_ptr, w_ptr, N, F_, K, stride_a, stride_w,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
+def _relu2_kernel(
+    a_desc,  # (N, K) in blocks (BM, BK): x, in backward the gradient of y
+    w_desc,  # (F, K) in blocks (BN, BK): w1, in backward w2
+    post_desc,  # (N, F) in blocks (BM, BN), read in backward
+    out_desc,  # (N, F) in blocks (BM, BN): dpre in backward, post8 in FP8, else unused
+    N, F_, K,
+    SCALE: tl.constexpr,  # of the product
+    OUT_LIMIT: tl.constexpr,  # largest value of post8
+    INV_OUT_SCALE: tl.constexpr,
+    IS_BACKWARD: tl.constexpr, IS_FP8: tl.constexpr, PROGRAMS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """This program's block of a w^T, its first row, its offsets from there in an (N, F) tensor, its mask."""
+    """post = relu(SCALE x w1^T)^2 and post8 = post / its scale; in backward dpre = (g w2^T) 2 sqrt(post).
+
+    Each output is rounded once. Descriptors read zeros and write nothing beyond the edges.
+    """
     blocks_f = tl.cdiv(F_, BN)
-    first = (tl.program_id(0) // blocks_f * BM).to(tl.int64)  # offsets of whole tensors may exceed 2^31
-    rows = tl.arange(0, BM)
-    cols = tl.program_id(0) % blocks_f * BN + tl.arange(0, BN)
-    rows_left = (N - first).to(tl.int32)
-    rows_in = tl.minimum(rows, rows_left - 1)
-    cols_in = tl.minimum(cols, F_ - 1)
-    a_ptr += first * stride_a
-    acc = _dot_rows(a_ptr, w_ptr, rows_in, cols_in, stride_a, stride_w, K, BM, BN, BK, EVEN_K)
-    inside = (rows < rows_left)[:, None] & (cols < F_)[None, :]
-    return acc, first, rows[:, None] * F_ + cols[None, :], inside
+    tiles = tl.cdiv(N, BM) * blocks_f
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        row = tile // blocks_f * BM
+        col = tile % blocks_f * BN
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for start in range(0, K, BK):
+            acc = tl.dot(a_desc.load([row, start]), w_desc.load([col, start]).T, acc)
+        if IS_BACKWARD:
+            post = post_desc.load([row, col]).to(tl.float32)
+            out_desc.store([row, col], (acc * 2.0 * tl.sqrt(post)).to(out_desc.dtype))
+        else:
+            if IS_FP8:
+                acc *= SCALE
+            acc = tl.maximum(acc, 0.0)
+            acc *= acc
+            post_desc.store([row, col], acc.to(post_desc.dtype))
+            if IS_FP8:
+                acc *= INV_OUT_SCALE
+                out_desc.store([row, col], tl.where(acc > OUT_LIMIT, OUT_LIMIT, acc).to(out_desc.dtype))
 
 
-@jit
-def _relu2_forward_kernel(
-    x_ptr,  # (N, K), last stride 1
-    w_ptr,  # (F, K), last stride 1
-    post_ptr,  # (N, F) contiguous
-    N, F_, K, stride_x, stride_w,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """post = relu(x w^T)^2, the square of the float32 accumulator, rounded once."""
-    acc, first, offsets, inside = _block_of_rows(
-        x_ptr, w_ptr, N, F_, K, stride_x, stride_w, BM, BN, BK, EVEN_K
-    )
-    acc = tl.maximum(acc, 0.0)
-    post_ptrs = post_ptr + first * F_ + offsets
-    tl.store(post_ptrs, (acc * acc).to(post_ptr.dtype.element_ty), mask=inside)
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """How many the device has; for the interpreter any number, fewer than the tiles of its tests."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@jit
-def _relu2_backward_kernel(
-    g_ptr,  # (N, K), last stride 1
-    w_ptr,  # (F, K), last stride 1
-    post_ptr,  # (N, F) contiguous
-    dpre_ptr,  # (N, F) contiguous
-    N, F_, K, stride_g, stride_w,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """dpre = (g w^T) * 2 sqrt(post)."""
-    acc, first, offsets, inside = _block_of_rows(
-        g_ptr, w_ptr, N, F_, K, stride_g, stride_w, BM, BN, BK, EVEN_K
-    )
-    post = tl.load(post_ptr + first * F_ + offsets, mask=inside, other=0.0).to(tl.float32)
-    dpre_ptrs = dpre_ptr + first * F_ + offsets
-    tl.store(dpre_ptrs, (acc * 2.0 * tl.sqrt(post)).to(dpre_ptr.dtype.element_ty), mask=inside)
+def _use_tma(x_ND: Tensor, w_FD: Tensor, element_size: int) -> bool:
+    """Whether TMA can carry rows of D and of F elements, of that many bytes each, and the device has it.
+
+    Compute capability 12 (GPUs for desktops) has it too, but too little shared memory for these tiles.
+    """
+    is_aligned = all(size * element_size % 16 == 0 for size in w_FD.shape)
+    if not is_aligned or not _use_matmul_kernels(x_ND):
+        return False
+    return _FORCE_KERNELS or 9 <= torch.cuda.get_device_properties(x_ND.device).major < 12
 
 
-def _launch_relu2(kernel, tile: Tile, a_NK: Tensor, w_FK: Tensor, *tensors_NF: Tensor) -> None:
-    (n, k), f = a_NK.shape, w_FK.shape[0]
-    grid = (_cdiv(n, tile.block_m) * _cdiv(f, tile.block_n),)
-    kernel[grid](a_NK, w_FK, *tensors_NF, n, f, k, a_NK.stride(0), w_FK.stride(0), **tile.launch(k))
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied unless rows are contiguous and start at multiples of 16 bytes: TMA reads no other."""
+    is_aligned = x.stride(1) == 1 and not (x.stride(0) * x.element_size() | x.data_ptr()) % 16
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _relu2_constants(tile: Tile, programs: int, is_backward: bool, is_fp8: bool) -> dict[str, float | int]:
+    fp8 = {"SCALE": RELU2_X_SCALE * RELU2_W_SCALE, "INV_OUT_SCALE": 1.0 / RELU2_POST_SCALE}
+    kind = {"IS_BACKWARD": is_backward, "IS_FP8": is_fp8, "OUT_LIMIT": torch.finfo(E4M3).max, **fp8}
+    blocks = {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "PROGRAMS": programs}
+    return {**kind, **blocks, "num_stages": tile.stages, "num_warps": tile.warps}
+
+
+def _launch_relu2(
+    config: tuple[Tile, int], a_NK: Tensor, w_FK: Tensor, post_NF: Tensor, out_NF: Tensor | None = None,
+    is_backward: bool = False,
+) -> None:  # fmt: skip
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    describe, (tile, per_processor) = TensorDescriptor.from_tensor, config
+    a_NK, w_FK, (n, f), k = _aligned(a_NK), _aligned(w_FK), post_NF.shape, a_NK.shape[1]
+    bm, bn, bk = tile.block_m, tile.block_n, tile.block_k
+    a_desc, w_desc = describe(a_NK, [bm, bk]), describe(w_FK, [bn, bk])
+    post_desc = describe(post_NF, [bm, bn])
+    out_desc = post_desc if out_NF is None else describe(out_NF, [bm, bn])
+    programs = min(_processors(a_NK.device) * per_processor, _cdiv(n, bm) * _cdiv(f, bn))
+    constants = _relu2_constants(tile, programs, is_backward, is_fp8=a_NK.dtype == E4M3)
+    _relu2_kernel[(programs,)](a_desc, w_desc, post_desc, out_desc, n, f, k, **constants)
 
 
 @torch.library.custom_op("splits::linear_relu2", mutates_args=())
 def _linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> tuple[Tensor, Tensor]:
-    x_ND, w1_FD = _rows_contiguous(x_ND), _rows_contiguous(w1_FD)
     post_NF = x_ND.new_empty(x_ND.shape[0], w1_FD.shape[0])
-    _launch_relu2(_relu2_forward_kernel, RELU2_FORWARD_TILE, x_ND, w1_FD, post_NF)
+    _launch_relu2(RELU2_FORWARD, x_ND, w1_FD, post_NF)
     return post_NF @ w2_FD, post_NF
 
 
-@_linear_relu2.register_fake
-def _(x_ND, w1_FD, w2_FD):
-    n = x_ND.shape[0]
-    return x_ND.new_empty(n, w2_FD.shape[1]), x_ND.new_empty(n, w1_FD.shape[0])
+@torch.library.custom_op("splits::fp8_linear_relu2", mutates_args=())
+def _fp8_linear_relu2(
+    x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, x8_ND: Tensor, w1_8_FD: Tensor, w2_8_DF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first three are for backward, the others are multiplied."""
+    post_NF = x_ND.new_empty(x_ND.shape[0], w1_FD.shape[0])
+    post8_NF = torch.empty_like(post_NF, dtype=E4M3)
+    _launch_relu2(RELU2_FP8, x8_ND, w1_8_FD, post_NF, post8_NF)
+    y_ND = x_ND.new_empty(x_ND.shape[0], w2_8_DF.shape[0])
+    return _matmul_fp8(post8_NF, w2_8_DF, RELU2_POST_SCALE, RELU2_W_SCALE, y_ND, is_fast=True), post_NF
 
 
 @torch.library.custom_op("splits::linear_relu2_backward", mutates_args=())
 def _linear_relu2_backward(
     g_ND: Tensor, x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, post_NF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g_ND, w2_FD = _rows_contiguous(g_ND), _rows_contiguous(w2_FD)
     dpre_NF = torch.empty_like(post_NF)
-    _launch_relu2(_relu2_backward_kernel, RELU2_BACKWARD_TILE, g_ND, w2_FD, post_NF, dpre_NF)
+    _launch_relu2(RELU2_BACKWARD, g_ND, w2_FD, post_NF, dpre_NF, is_backward=True)
     return dpre_NF @ w1_FD, dpre_NF.T @ x_ND, post_NF.T @ g_ND
 
 
@@ -372,16 +542,24 @@ def _(g_ND, x_ND, w1_FD, w2_FD, post_NF):
     return tuple(t.new_empty(t.shape) for t in (x_ND, w1_FD, w2_FD))
 
 
+def _linear_relu2_fake(x_ND, w1_FD, w2_FD, *_):
+    n = x_ND.shape[0]
+    return x_ND.new_empty(n, w2_FD.shape[1]), x_ND.new_empty(n, w1_FD.shape[0])
+
+
 def _linear_relu2_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs[:3], output[1])
     ctx.set_materialize_grads(False)
 
 
 def _linear_relu2_autograd(ctx, g_ND, _):
-    return _linear_relu2_backward(g_ND, *ctx.saved_tensors)
+    grads = _linear_relu2_backward(g_ND, *ctx.saved_tensors)
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
 
 
-_linear_relu2.register_autograd(_linear_relu2_autograd, setup_context=_linear_relu2_setup)
+for _op in (_linear_relu2, _fp8_linear_relu2):
+    _op.register_fake(_linear_relu2_fake)
+    _op.register_autograd(_linear_relu2_autograd, setup_context=_linear_relu2_setup)
 
 
 def linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -389,13 +567,25 @@ def linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
 
     Source: Primer, arXiv 2109.08668. `linear_relu2_ref` is the unfused version, to time against.
     """
-    if _use_matmul_kernels(x_ND):
+    if _use_tma(x_ND, w1_FD, x_ND.element_size()):
         return _linear_relu2(x_ND, w1_FD, w2_FD)[0]
     return linear_relu2_ref(x_ND, w1_FD, w2_FD)
 
 
+def fp8_linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
+    """linear_relu2 with both products of forward in e4m3, scales above; backward as there.
+
+    Without TMA, and where D or F is no multiple of 16, the rounding is emulated, which gains no time.
+    """
+    if not _use_tma(x_ND, w1_FD, E4M3.itemsize):
+        return fp8_linear_relu2_ref(x_ND, w1_FD, w2_FD)
+    x8_ND, w1_8_FD = _e4m3(x_ND, RELU2_X_SCALE), _e4m3(w1_FD, RELU2_W_SCALE)
+    w2_8_DF = _e4m3(w2_FD.T, RELU2_W_SCALE).contiguous()
+    return _fp8_linear_relu2(x_ND, w1_FD, w2_FD, x8_ND, w1_8_FD, w2_8_DF)[0]
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 4. softcapped_cross_entropy: several next tokens a row, no float32 copy of the logits
+# 6. softcapped_cross_entropy: several next tokens a row, no float32 copy of the logits
 
 # Traffic at N = 49,152, V = 50,304, bf16: forward reads 4.9 GB, 1.15 ms; backward reads and writes, 2.3 ms
 # (1.7 ms with a gradient in 8 bits). Special-function operations bound them where each element costs three
@@ -535,7 +725,7 @@ def _ce_backward_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. softcapped_cross_entropy: launchers and op
+# 7. softcapped_cross_entropy: launchers and op
 
 
 def _ce_constants(block: int, warps: int, is_fast: bool) -> dict[str, float | int]:
@@ -627,105 +817,6 @@ def softcapped_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         weights_K = (torch.arange(NUM_TARGETS, device=logits_NV.device) == 0).float()
         positions_N = torch.zeros_like(targets_N, dtype=torch.int32)  # only the term of weight zero reads on
         return softcapped_cross_entropy(logits_NV, targets_N, positions_N, weights_K, is_fast=False)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 6. quantize: FP8 of x / scale in both layouts
-
-# Traffic for the logits' gradient at N = 49,152, V = 50,304: bf16 read 4.9 GB, written in both layouts 2 x
-# 2.5 GB: 2.3 ms in one pass (three eager passes and a transpose: 6 ms). The second layout is there because an
-# FP8 matmul takes both operands along the inner dimension only.
-QUANTIZE_TILE = (64, 128)  # rows, columns; record 76, pull request 240
-QUANTIZE_WARPS = 8
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # 3 mantissa bits, max 448; 2 mantissa bits, max 57344
-
-
-def quantize_ref(x_NC: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    limit = torch.finfo(dtype).max
-    x8_NC = (x_NC.float() * (1.0 / scale)).clamp(-limit, limit).to(dtype)
-    return x8_NC, x8_NC.T.contiguous()
-
-
-@jit
-def _quantize_kernel(
-    x_ptr,  # (N, C), last stride 1
-    row_ptr,  # (N, C) contiguous, FP8
-    col_ptr,  # (C, N) contiguous, the same values as bytes
-    num_rows,
-    num_cols,
-    stride,
-    inv_scale,
-    LIMIT: tl.constexpr,
-    BN: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """x / scale rounded once to FP8, written in both layouts; saturates, and keeps NaN."""
-    blocks_c = tl.cdiv(num_cols, BC)
-    rows = (tl.program_id(0) // blocks_c).to(tl.int64) * BN + tl.arange(0, BN)  # N * V exceeds 2^31
-    cols = tl.program_id(0) % blocks_c * BC + tl.arange(0, BC)
-    row_ok = rows < num_rows
-    col_ok = cols < num_cols
-    inside = row_ok[:, None] & col_ok[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    x *= inv_scale
-    x = tl.where(x > LIMIT, LIMIT, x)
-    x = tl.where(x < -LIMIT, -LIMIT, x)
-    x8 = x.to(row_ptr.dtype.element_ty)
-    tl.store(row_ptr + rows[:, None] * num_cols + cols[None, :], x8, mask=inside)
-    wide_cols = cols.to(tl.int64)
-    col_ptrs = col_ptr + wide_cols[:, None] * num_rows + rows[None, :]
-    bytes_CN = tl.trans(x8.to(tl.int8, bitcast=True))
-    tl.store(col_ptrs, bytes_CN, mask=col_ok[:, None] & row_ok[None, :])
-
-
-def _quantize(x_NC: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x8_NC, x8_CN): FP8 of x / scale in both layouts."""
-    if not _use_kernels(x_NC):
-        return quantize_ref(x_NC, scale, dtype)
-    x_NC, (block_n, block_c) = _rows_contiguous(x_NC), QUANTIZE_TILE
-    (n, c), stride = x_NC.shape, x_NC.stride(0)
-    x8_NC = torch.empty(n, c, dtype=dtype, device=x_NC.device)
-    x8_CN = torch.empty(c, n, dtype=dtype, device=x_NC.device)
-    grid = (_cdiv(n, block_n) * _cdiv(c, block_c),)
-    constants = {"LIMIT": torch.finfo(dtype).max, "BN": block_n, "BC": block_c, "num_warps": QUANTIZE_WARPS}
-    _quantize_kernel[grid](x_NC, x8_NC, x8_CN.view(torch.int8), n, c, stride, 1.0 / scale, **constants)
-    return x8_NC, x8_CN
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 7. products of FP8 matrices
-
-
-@functools.cache
-def fp8_available(device: torch.device | str) -> tuple[bool, str]:
-    """Whether the device multiplies FP8 matrices, and if not the reason."""
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return False, f"FP8 matmul needs an NVIDIA GPU, the device is {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 9):
-        return False, f"FP8 matmul needs compute capability 8.9, the device has {major}.{minor}"
-    return True, ""
-
-
-@functools.cache
-def _on_device(scale: float, device: torch.device) -> Tensor:
-    # cuBLAS 13 wants each scale at a 16-byte aligned address: its own allocation has one, a slice need not.
-    return torch.full((), scale, dtype=torch.float32, device=device)
-
-
-def _matmul_fp8(
-    a8: Tensor, b8_t: Tensor, scale_a: float, scale_b: float, out: Tensor, is_fast: bool
-) -> Tensor:
-    """out = a8 @ b8_t.T times both scales; both operands row-major. Emulated in float32 on a CPU."""
-    if not a8.is_cuda:
-        return out.copy_((a8.float() @ b8_t.float().T) * (scale_a * scale_b))
-    is_available, reason = fp8_available(a8.device)
-    if not is_available:
-        raise ValueError(f"FP8 head: {reason}; use the bf16 head")
-    scales = (_on_device(scale, a8.device) for scale in (scale_a, scale_b))
-    return torch._scaled_mm(a8, b8_t.T, *scales, out_dtype=out.dtype, use_fast_accum=is_fast, out=out)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -911,7 +1002,257 @@ def fp8_head_loss(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. attention: causal, inside documents, at most `window` positions back
+# 10. prepare_qkv: from the qkv product to what attention reads, in one pass
+
+# Traffic: q, k or v of N = 49,152 tokens, 6 heads of 128, bf16: 75.5 MB. Forward reads three of these and
+# writes three: 453 MB, 105 us; a value embedding adds one: 528 MB, 123 us. Backward reads the three gradients
+# and, of qkv, q and k, and writes three: 604 MB, 140 us; a value embedding and its gradient add two: 755 MB,
+# 176 us. The tables, and the rows that the key offset reads twice, come from the caches.
+QKV_ROWS, QKV_WARPS = 16, 8  # 16 bytes of a tensor a thread: with more, cos and sin cross shared memory
+QKV_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm takes up to float32
+
+
+def prepare_qkv_ref(
+    qkv_N3HK: Tensor, cos_LK: Tensor, sin_LK: Tensor, pos_N: Tensor, ve_NHK: Tensor | None,
+    gate_NH: Tensor | None, is_paired: bool, has_offset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    heads, dim = qkv_N3HK.shape[2:]
+    at_NH = pos_N[:, None]
+    if is_paired:
+        at_NH = 2 * at_NH + torch.arange(heads, device=pos_N.device) % 2
+    # The pairs that do not rotate have the angle 0.
+    cos_NHK, sin_NHK = (F.pad(t[at_NH], (0, dim // 4), value=v) for t, v in ((cos_LK, 1.0), (sin_LK, 0.0)))
+
+    def rotate(x_NHK: Tensor) -> Tensor:
+        even, odd = x_NHK.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = even * cos_NHK + odd * sin_NHK, odd * cos_NHK - even * sin_NHK
+        return torch.stack(turned, dim=-1).flatten(-2)
+
+    q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
+    q_NHK, k_NHK = (rotate(F.rms_norm(x_NHK, (dim,), eps=QKV_EPS)) for x_NHK in (q_NHK, k_NHK))
+    if has_offset:
+        begins_N = pos_N == 0
+        if is_paired:  # a token is two rows of half the heads; only the first can begin a slot
+            begins_N = torch.stack((begins_N, torch.zeros_like(begins_N)), dim=1).flatten()
+        turning, still = k_NHK.view(begins_N.shape[0], -1, dim).chunk(2, dim=-1)
+        still = torch.where(begins_N[:, None, None], still, torch.cat((still[:1], still[:-1])))
+        k_NHK = torch.cat((turning, still), dim=-1).view(k_NHK.shape)
+    if ve_NHK is not None:
+        v_NHK = v_NHK + (2 * torch.sigmoid(gate_NH)).unsqueeze(-1) * ve_NHK
+    return q_NHK, k_NHK, v_NHK.contiguous()
+
+
+@jit
+def _qkv_at(rows, K: tl.constexpr):
+    """(ROWS, K) offsets of whole rows of K."""
+    return rows.to(tl.int64)[:, None] * K + tl.arange(0, K)[None, :]  # elements may exceed 2^31
+
+
+@jit
+def _qkv_begins(rows, pos_ptr, H: tl.constexpr, SHIFT: tl.constexpr):
+    """Whether the slot has no row SHIFT before."""
+    return (tl.load(pos_ptr + rows // H) == 0) & (rows % H < SHIFT)
+
+
+@jit
+def _qkv_angles(rows, cos_ptr, sin_ptr, pos_ptr, H: tl.constexpr, K: tl.constexpr, IS_PAIRED: tl.constexpr):
+    """(ROWS, K / 2) float32 cosines and sines; of the angle 0 for the pairs that do not rotate."""
+    pos = tl.load(pos_ptr + rows // H)
+    if IS_PAIRED:
+        pos = 2 * pos + rows % H % 2
+    pairs = tl.arange(0, K // 2)[None, :]
+    at = pos[:, None] * (K // 4) + pairs
+    cos = tl.load(cos_ptr + at, mask=pairs < K // 4, other=1.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + at, mask=pairs < K // 4, other=0.0).to(tl.float32)
+
+
+@jit
+def _qkv_rotate(x, cos, sin):
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.interleave(even * cos + odd * sin, odd * cos - even * sin)
+
+
+@jit
+def _qkv_unit(x, EPS: tl.constexpr):
+    """x over its root mean square, and the factor that did it, in float32."""
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / x.shape[1] + EPS)[:, None]
+    return x * scale, scale
+
+
+@jit
+def _qkv_unit_backward(x, dy, EPS: tl.constexpr):
+    unit, scale = _qkv_unit(x, EPS)
+    return scale * (dy - unit * (tl.sum(dy * unit, axis=1) / x.shape[1])[:, None])
+
+
+@jit
+def _prepare_qkv_kernel(
+    qkv_ptr,  # (N, 3, H, K) contiguous
+    cos_ptr, sin_ptr, pos_ptr, ve_ptr, gate_ptr,  # contiguous; the last two may be None
+    q_ptr, k_ptr, v_ptr,  # (N, H, K) contiguous
+    num_rows,  # N * H
+    H: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, IS_PAIRED: tl.constexpr,
+    SHIFT: tl.constexpr,  # 0, or from how many rows back a key's still half comes
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, of one head and token each; those beyond the last read the last and are not stored."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < num_rows)[:, None]
+    rows = tl.minimum(rows, num_rows - 1)
+    at, qkv_at = _qkv_at(rows, K), _qkv_at(rows + rows // H * (2 * H), K)
+    q, k = tl.load(qkv_ptr + qkv_at), tl.load(qkv_ptr + H * K + qkv_at)
+    v = tl.load(qkv_ptr + 2 * H * K + qkv_at)
+    cos, sin = _qkv_angles(rows, cos_ptr, sin_ptr, pos_ptr, H, K, IS_PAIRED)
+    q, _ = _qkv_unit(q, EPS)
+    k, _ = _qkv_unit(k, EPS)
+    if SHIFT:
+        source = tl.where(_qkv_begins(rows, pos_ptr, H, SHIFT), rows, rows - SHIFT)
+        before = tl.load(qkv_ptr + H * K + _qkv_at(source + source // H * (2 * H), K))
+        before, _ = _qkv_unit(before, EPS)
+        k = tl.where(tl.arange(0, K)[None, :] < K // 2, k, before)
+    if ve_ptr is not None:
+        gate = tl.sigmoid(tl.load(gate_ptr + rows).to(tl.float32))[:, None]
+        v = v.to(tl.float32) + 2.0 * gate * tl.load(ve_ptr + at).to(tl.float32)
+    dtype = q_ptr.dtype.element_ty
+    tl.store(q_ptr + at, _qkv_rotate(q, cos, sin).to(dtype), mask=inside)
+    tl.store(k_ptr + at, _qkv_rotate(k, cos, sin).to(dtype), mask=inside)
+    tl.store(v_ptr + at, v.to(dtype), mask=inside)
+
+
+@jit
+def _prepare_qkv_backward_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, pos_ptr, ve_ptr, gate_ptr,  # as forward's
+    dq_ptr, dk_ptr, dv_ptr,  # (N, H, K) contiguous
+    dqkv_ptr, dve_ptr, dgate_ptr,  # like qkv, ve and gate
+    num_rows,
+    H: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, IS_PAIRED: tl.constexpr, SHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rotation transposed, then dx = (dy - u mean(dy u)) / rms(x) with u = x / rms(x); rows as forward's."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    rows = tl.minimum(rows, num_rows - 1)
+    at, qkv_at = _qkv_at(rows, K), _qkv_at(rows + rows // H * (2 * H), K)
+    q, k = tl.load(qkv_ptr + qkv_at), tl.load(qkv_ptr + H * K + qkv_at)
+    dq, dv = tl.load(dq_ptr + at).to(tl.float32), tl.load(dv_ptr + at)
+    if SHIFT:  # a still half went SHIFT rows on, if that does not begin a slot; stayed too, if this one does
+        is_turning = tl.arange(0, K)[None, :] < K // 2
+        begins = _qkv_begins(rows, pos_ptr, H, SHIFT)[:, None]
+        dk = tl.load(dk_ptr + at, mask=is_turning | begins, other=0.0).to(tl.float32)
+        after = tl.minimum(rows + SHIFT, num_rows - 1)
+        went = (rows + SHIFT < num_rows) & ~_qkv_begins(after, pos_ptr, H, SHIFT)
+        dk += tl.load(dk_ptr + _qkv_at(after, K), mask=~is_turning & went[:, None], other=0.0).to(tl.float32)
+    else:
+        dk = tl.load(dk_ptr + at).to(tl.float32)
+    cos, sin = _qkv_angles(rows, cos_ptr, sin_ptr, pos_ptr, H, K, IS_PAIRED)
+    if ve_ptr is not None:
+        gate = tl.sigmoid(tl.load(gate_ptr + rows).to(tl.float32))
+        dve = 2.0 * gate[:, None] * dv.to(tl.float32)
+        dgate = (1.0 - gate) * tl.sum(dve * tl.load(ve_ptr + at).to(tl.float32), axis=1)
+        tl.store(dve_ptr + at, dve.to(dve_ptr.dtype.element_ty), mask=inside[:, None])
+        tl.store(dgate_ptr + rows, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dqkv_ptr + 2 * H * K + qkv_at, dv, mask=inside[:, None])
+    dq = _qkv_unit_backward(q, _qkv_rotate(dq, cos, -sin), EPS)
+    dk = _qkv_unit_backward(k, _qkv_rotate(dk, cos, -sin), EPS)
+    tl.store(dqkv_ptr + qkv_at, dq.to(dqkv_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(dqkv_ptr + H * K + qkv_at, dk.to(dqkv_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 11. prepare_qkv: launchers and op
+
+
+def _qkv_constants(heads: int, dim: int, is_paired: bool, has_offset: bool) -> dict[str, float | int]:
+    shift = (heads // 2 if is_paired else heads) if has_offset else 0
+    sizes = {"H": heads, "K": dim, "EPS": QKV_EPS, "IS_PAIRED": is_paired, "SHIFT": shift}
+    return {**sizes, "ROWS": QKV_ROWS, "num_warps": QKV_WARPS}
+
+
+def _launch_qkv(kernel, inputs, outputs, is_paired: bool, has_offset: bool) -> None:
+    n, _, heads, dim = inputs[0].shape
+    inputs = [x if x is None else x.contiguous() for x in inputs]
+    constants = _qkv_constants(heads, dim, is_paired, has_offset)
+    kernel[(_cdiv(n * heads, QKV_ROWS),)](*inputs, *outputs, n * heads, **constants)
+
+
+def _qkv_outputs(qkv_N3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, heads, dim = qkv_N3HK.shape
+    return tuple(qkv_N3HK.new_empty(n, heads, dim) for _ in range(3))
+
+
+def _qkv_gradients(qkv_N3HK: Tensor, ve_NHK: Tensor | None, gate_NH: Tensor | None) -> tuple[Tensor, ...]:
+    """Memory for gradients; an op cannot return None, so an empty tensor for what there is not."""
+    shapes = ((0,) if x is None else x.shape for x in (qkv_N3HK, ve_NHK, gate_NH))
+    return tuple(qkv_N3HK.new_empty(shape) for shape in shapes)
+
+
+@torch.library.custom_op("splits::prepare_qkv", mutates_args=())
+def _prepare_qkv(
+    qkv_N3HK: Tensor, cos_LK: Tensor, sin_LK: Tensor, pos_N: Tensor, ve_NHK: Tensor | None,
+    gate_NH: Tensor | None, is_paired: bool, has_offset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs, outputs = (qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH), _qkv_outputs(qkv_N3HK)
+    _launch_qkv(_prepare_qkv_kernel, inputs, outputs, is_paired, has_offset)
+    return outputs
+
+
+@_prepare_qkv.register_fake
+def _(qkv_N3HK, *_):
+    return _qkv_outputs(qkv_N3HK)
+
+
+@torch.library.custom_op("splits::prepare_qkv_backward", mutates_args=())
+def _prepare_qkv_backward(
+    dq_NHK: Tensor, dk_NHK: Tensor, dv_NHK: Tensor, qkv_N3HK: Tensor, cos_LK: Tensor, sin_LK: Tensor,
+    pos_N: Tensor, ve_NHK: Tensor | None, gate_NH: Tensor | None, is_paired: bool, has_offset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, dq_NHK, dk_NHK, dv_NHK
+    outputs = _qkv_gradients(qkv_N3HK, ve_NHK, gate_NH)
+    _launch_qkv(_prepare_qkv_backward_kernel, inputs, outputs, is_paired, has_offset)
+    return outputs
+
+
+@_prepare_qkv_backward.register_fake
+def _(dq_NHK, dk_NHK, dv_NHK, qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, *_):
+    return _qkv_gradients(qkv_N3HK, ve_NHK, gate_NH)
+
+
+def _prepare_qkv_setup(ctx, inputs, output):
+    *tensors, ctx.is_paired, ctx.has_offset = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _prepare_qkv_autograd(ctx, *grads_NHK):
+    saved = ctx.saved_tensors
+    dqkv_N3HK, *dve = _prepare_qkv_backward(*grads_NHK, *saved, ctx.is_paired, ctx.has_offset)
+    return dqkv_N3HK, None, None, None, *((None, None) if saved[4] is None else dve), None, None
+
+
+_prepare_qkv.register_autograd(_prepare_qkv_autograd, setup_context=_prepare_qkv_setup)
+
+
+def prepare_qkv(
+    qkv_N3HK: Tensor,  # the product's output, viewed; K a power of two on a GPU
+    cos_LK: Tensor,  # (L, K / 4) rotary tables; no gradient
+    sin_LK: Tensor,
+    pos_N: Tensor,  # int32: position of the row's token in its slot; 0 begins a slot
+    ve_NHK: Tensor | None,  # value embedding
+    gate_NH: Tensor | None,  # its logits: v + 2 sigmoid(gate) ve
+    is_paired: bool,  # head h has position 2 pos + h % 2, not pos
+    has_offset: bool,  # the half of a key that does not rotate comes from the token before in the slot
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, k, v), each (N, H, K) contiguous: q and k with RMS 1, adjacent pairs of their first half rotated.
+
+    Kernels compute in float32 and round once. With both flags the offset is one row of the paired sequence
+    (2N, H / 2, K), half a token. Source: modded-nanogpt records with rotary, paired heads and key offset.
+    """
+    op = _prepare_qkv if _use_kernels(qkv_N3HK) else prepare_qkv_ref
+    return op(qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, is_paired, has_offset)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 12. attention: causal, inside documents, at most `window` positions back
 
 
 def _with_previous(x_CQ: Tensor, fill: float) -> Tensor:
@@ -960,7 +1301,7 @@ def attention_ref(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. attention on GPUs: FlashAttention-4 and -2 as opaque ops
+# 13. attention on GPUs: FlashAttention-4 and -2 as opaque ops
 
 # Traffic: q, k, v, y of (N, 6, 128) bf16 are 1.5 KB a token each. At 49,152 tokens: 302 MB forward, 70 us;
 # backward reads q, k, v, y, dy and writes dq, dk, dv: 604 MB, 140 us. Work forward: 4 * 6 * 128 FLOP for each
@@ -1061,7 +1402,7 @@ _attention_fa4 = _register_attention("fa4", _fa4_forward, _fa4_backward)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. attention: the choice of a backend
+# 14. attention: the choice of a backend
 
 ATTENTION_BACKENDS = ("fa4", "varlen", "reference")  # in the order of preference
 
@@ -1129,24 +1470,3 @@ def attention(
         return attention_ref(q_NHK, k_NHK, v_NHK, cu_seqlens, window, scale, max_window)
     op = _attention_fa4 if backend == "fa4" else _varlen
     return op(q_NHK, k_NHK, v_NHK, cu_seqlens, max_seqlen, window, scale)[0]
-
-
-def prepare_qkv(qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, is_paired, has_offset):
-    def rot(x, cos, sin):
-        a, b = x.chunk(2, dim=-1)
-        e, o = a.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.cat((torch.stack((e * cos + o * sin, o * cos - e * sin), -1).flatten(-2), b), -1)
-
-    q, k, v = qkv_N3HK.unbind(1)
-    q, k = (F.rms_norm(z, z.shape[-1:]) for z in (q, k))
-    N, H, K = q.shape
-    at = (2 * pos_N[:, None] + torch.arange(H, device=q.device) % 2) if is_paired else pos_N[:, None]
-    cos, sin = cos_LK[at], sin_LK[at]
-    q, k = rot(q, cos, sin), rot(k, cos, sin)
-    if has_offset:
-        a, b = k.chunk(2, -1)
-        pb = torch.cat((b[:1], b[:-1]))
-        k = torch.cat((a, torch.where(pos_N[:, None, None] > 0, pb, b)), -1)
-    if gate_NH is not None:
-        v = v + 2 * torch.sigmoid(gate_NH).unsqueeze(-1) * ve_NHK
-    return q, k, v.contiguous()

@@ -203,10 +203,10 @@ def least_times(job, tg: ModuleType, batch_tokens: int, ceiling: Ceiling) -> dic
     """Least ms a step of the rows whose arithmetic and traffic are known without asking the kernels."""
     cfg, tokens = job.cfg, batch_tokens / job.ranks.world_size
     head = 6.0 * cfg.recipe.model_dim * cfg.padded_vocab
-    head_s = head / (ceiling.fp8_flops if cfg.fp8_head else ceiling.bf16_flops)
+    head_s = head / (ceiling.fp8_flops if "head" in cfg.fp8 else ceiling.bf16_flops)
     products_s = (tg.flops_per_token(cfg) - head) / ceiling.bf16_flops + head_s
     # bf16 logits are read forward and backward, and their gradient is written: in FP8 one byte each.
-    logits_bytes = tokens * cfg.padded_vocab * (2 + 2 + (1 if cfg.fp8_head else 2))
+    logits_bytes = tokens * cfg.padded_vocab * (2 + 2 + (1 if "head" in cfg.fp8 else 2))
     optimizer_s = least_optimizer(job.optimizer, tg, ceiling)
     times = {PRODUCTS: tokens * products_s, ENTROPY: logits_bytes / ceiling.bytes_s, OPTIMIZER: optimizer_s}
     return {name: 1e3 * seconds for name, seconds in times.items()}
@@ -286,8 +286,7 @@ def train_step(job, tg: ModuleType, stream: Iterator, monitor, step: int) -> Non
     """One step as the trainer's loop makes it, without its validation and its reports."""
     sched = tg.at(job.cfg.recipe, step)
     with record_function(f"step {step}"):
-        knobs = job.knobs(sched)
-        losses = [tg.forward_backward(job, micro, knobs) for micro in next(stream)]
+        losses = [job.passes(micro, sched) for micro in next(stream)]
         with record_function(OPTIMIZER):
             job.optimizer.step(sched)
         monitor.put(step, torch.stack(losses).sum(), False)
