@@ -1277,9 +1277,10 @@ def warm_up(job: Job) -> None:
         seconds[what] = seconds.get(what, 0) + time.perf_counter() - began
 
     for stage in r.stages:
-        # An even and an odd step, and the one that unties embedding and head.
-        for step in sorted({first & ~1, first | 1} | ({r.split_step} if first else set())):
-            sched, slot_tokens = at(r, step), stage.batch_tokens // cfg.slots
+        # An even and an odd step, and one that unties embedding and head.
+        even, slot_tokens = replace(at(r, first), is_adam_step=False), stage.batch_tokens // cfg.slots
+        odd = replace(even, is_adam_step=True)
+        for sched in (even, odd, replace(odd, step=r.split_step)) if first else (even, odd):
             size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
             noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
             begins = np.arange(0, slot_tokens, r.max_seq_len)

@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,26 +111,35 @@ def sizes_of(recipe: tg.Recipe) -> list[int]:
     return [stage.batch_tokens // recipe.slots for stage in recipe.stages for _ in range(stage.steps)]
 
 
-def load(
-    recipe: tg.Recipe, corpus: tg.Corpus, rank: int = 0, world: int = 1, first_step: int = 0
-) -> list[list]:
-    """The micro-batches of every step, as one rank gets them."""
-    cfg = tg.Config(
+def config_of(recipe: tg.Recipe, corpus: tg.Corpus) -> tg.Config:
+    return tg.Config(
         recipe=recipe,
         vocab_size=corpus.vocab_size,
         slots=recipe.slots,
         dtype=torch.float32,
         attention="reference",
-        fp8_head=False,
+        fp8=(),
     )
-    ranks = tg.Ranks(rank, world, CPU)
+
+
+def load(
+    recipe: tg.Recipe, corpus: tg.Corpus, rank: int = 0, world: int = 1, first_step: int = 0
+) -> list[list]:
+    """The micro-batches of every step, as one rank gets them."""
     max_docs = tg.check_train_data(recipe, recipe.slots, corpus)
-    return list(tg.batches(cfg, ranks, corpus, max_docs, first_step))
+    ranks = tg.Ranks(rank, world, CPU)
+    return list(tg.batches(config_of(recipe, corpus), ranks, corpus, max_docs, first_step))
 
 
 def rows(step: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, targets) of all slots of a step."""
-    return torch.cat([b.tokens_BT for b in step]), torch.cat([b.targets_BT for b in step])
+    """(tokens, targets) [slots, slot tokens] of all slots of a step; positions say where a slot begins."""
+    parts = []
+    for batch in step:
+        T = int(batch.positions_N.max()) + 1
+        assert batch.positions_N.view(-1, T).tolist() == [list(range(T))] * (len(batch.positions_N) // T)
+        parts.append((batch.tokens_N.view(-1, T), batch.targets_N.view(-1, T)))
+    tokens, targets = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(targets)
 
 
 def assert_same(got: list[list], want: list[list]) -> None:
@@ -331,29 +342,36 @@ def test_batches_equal_the_naive_loop(tmp_path, nano, seed):
         packed = torch.tensor([slot for _, slot, _ in slots])
         assert torch.equal(tokens, packed[:, :-1].to(torch.int32))
         assert torch.equal(targets, packed[:, 1:])
-        done = 0
+        done, T = 0, len(slots[0][1]) - 1
         for batch in step:
-            B, T = batch.tokens_BT.shape
+            N = len(batch.tokens_N)
+            B = N // T
+            assert batch.positions_N.tolist() == list(range(T)) * B
             starts = [i * T + s for i in range(B) for s in slots[done + i][2]]
             assert batch.cu_seqlens.tolist()[: len(starts)] == starts
-            assert set(batch.cu_seqlens.tolist()[len(starts) :]) == {B * T}
+            assert set(batch.cu_seqlens.tolist()[len(starts) :]) == {N}
             done += B
+        assert done == 4
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_boundaries_are_the_places_of_bos(tmp_path, nano, seed):
     corpus = corpus_of(tmp_path, [random_shard(np.random.default_rng(seed), 12000)])
     for step in load(small(nano, (6, 4), (64, 240)), corpus):
-        for tokens, targets, cu in step:
-            assert (tokens.dtype, targets.dtype, cu.dtype) == (torch.int32, torch.int64, torch.int32)
-            flat = tokens.flatten()
-            assert torch.equal(targets[:, :-1], tokens[:, 1:].long())
-            places = torch.nonzero(flat == BOS).flatten().tolist()
-            assert sorted(set(cu.tolist())) == [*places, len(flat)]
-            assert (tokens[:, 0] == BOS).all()
+        for tokens, targets, positions, cu in step:
+            dtypes = [x.dtype for x in (tokens, targets, positions, cu)]
+            assert dtypes == [torch.int32, torch.int64, torch.int32, torch.int32]
+            assert all(x.is_contiguous() and x.ndim == 1 for x in (tokens, targets, positions, cu))
+            assert len(tokens) == len(targets) == len(positions)
+            inside = positions[1:] > 0
+            assert torch.equal(targets[:-1][inside], tokens[1:][inside].long())
+            places = torch.nonzero(tokens == BOS).flatten().tolist()
+            assert sorted(set(cu.tolist())) == [*places, len(tokens)]
+            assert (tokens[positions == 0] == BOS).all()
+            assert positions[0] == 0
             assert (cu.diff() >= 0).all()
             assert cu[0] == 0
-            assert cu[-1] == len(flat)
+            assert cu[-1] == len(tokens)
 
 
 def test_each_document_is_used_at_most_once_and_in_order(tmp_path, nano):
@@ -369,11 +387,11 @@ def test_each_document_is_used_at_most_once_and_in_order(tmp_path, nano):
     corpus = corpus_of(tmp_path, shards, vocab=number)
     numbers = []
     for step in load(small(nano, (8, 4), (64, 112)), corpus):
-        for tokens, targets, _ in step:
-            for row in torch.cat((tokens[:, :1].long(), targets), dim=1).tolist():
-                whole = [b for a, b in itertools.pairwise(row) if a == BOS]
-                assert set(row) == {BOS, *whole}, "tokens of a document that does not begin in the slot"
-                numbers += whole
+        tokens, targets = rows(step)
+        for row in torch.cat((tokens[:, :1].long(), targets), dim=1).tolist():
+            whole = [b for a, b in itertools.pairwise(row) if a == BOS]
+            assert set(row) == {BOS, *whole}, "tokens of a document that does not begin in the slot"
+            numbers += whole
     assert numbers == sorted(set(numbers))
 
 
@@ -425,8 +443,8 @@ def test_ranks_share_the_slots_of_one(tmp_path, nano, world, micro_tokens):
         assert torch.equal(torch.cat([part for _, part in parts]), targets)
         for steps in shared:
             T = tokens.shape[1]
-            assert all(b.tokens_BT.numel() <= max(micro_tokens, T) for b in steps[i])
-            assert len({b.tokens_BT.shape for b in steps[i]}) == 1, "passes of a step differ in shape"
+            assert all(b.tokens_N.numel() <= max(micro_tokens, T) for b in steps[i])
+            assert len({b.tokens_N.shape for b in steps[i]}) == 1, "passes of a step differ in shape"
             assert len({len(b.cu_seqlens) for b in steps[i]}) == 1
 
 
@@ -437,7 +455,7 @@ def test_micro_batches_only_group(tmp_path, nano):
     for passes in (1, 2, 3, 4, 6, 12):
         parts, *_ = load(dataclasses.replace(recipe, micro_tokens=64 * 12 // passes), corpus)
         assert len(parts) == passes
-        assert torch.equal(rows(parts)[0], one.tokens_BT)
+        assert torch.equal(rows(parts)[0], rows([one])[0])
         starts = [
             p + i * (12 // passes) * 64
             for i, b in enumerate(parts)
@@ -481,6 +499,68 @@ def test_too_few_tokens_are_noticed_before_training(tmp_path, nano):
     assert REMEDY.search(message)
     exact = small(nano, (4, 1), (64, 64))
     assert len(load(exact, corpus)) == 5
+
+
+def unchecked(recipe: tg.Recipe, corpus: tg.Corpus, max_docs: int = 99):
+    """Batches without the check that the shards last."""
+    return tg.batches(config_of(recipe, corpus), tg.Ranks(0, 1, CPU), corpus, max_docs, 0)
+
+
+def test_the_end_of_the_shards_reaches_whoever_asks_for_the_batch(tmp_path, nano):
+    """The thread that packs ahead notices it one step early; it comes with the step that lacks its data."""
+    rng = np.random.default_rng(2)
+    corpus = corpus_of(tmp_path, [documents_of(rng, [65] * 10), documents_of(rng, [65] * 12)])
+    exact, before = small(nano, (4, 1), (64, 64)), threading.active_count()
+    stream = unchecked(small(nano, (4, 2), (64, 64)), corpus, tg.check_train_data(exact, 4, corpus))
+    assert_same([next(stream) for _ in range(5)], load(exact, corpus))
+    assert "5 of 6 steps" in refusal(next, stream)
+    assert threading.active_count() <= before, "a thread is left behind"
+    assert list(stream) == []
+
+
+def test_tokens_outside_the_vocabulary_reach_whoever_asks_for_the_batch(tmp_path, nano):
+    rng = np.random.default_rng(2)
+    shards = [documents_of(rng, [65] * 10), documents_of(rng, [65] * 12)]
+    shards[1][7] = VOCAB
+    stream = unchecked(small(nano, (4, 1), (64, 64)), corpus_of(tmp_path, shards))
+    assert len([next(stream) for _ in range(2)]) == 2
+    assert str(VOCAB) in refusal(next, stream)
+
+
+def test_the_next_batch_is_packed_while_this_one_is_used(tmp_path, nano, monkeypatch):
+    """One step ahead and no more, in another thread."""
+    corpus = corpus_of(tmp_path, [random_shard(np.random.default_rng(4), 20000)])
+    recipe, packed, packing = small(nano, (3, 2), (64, 64)), [], tg.packed_batches
+    want = load(recipe, corpus)
+
+    def watched(*arguments):
+        for step in packing(*arguments):
+            packed.append(threading.current_thread())
+            yield step
+
+    monkeypatch.setattr(tg, "packed_batches", watched)
+    stream, got = unchecked(recipe, corpus, tg.check_train_data(recipe, 4, corpus)), []
+    for ahead in (2, 3, 4, 5, 5):
+        got.append(next(stream))
+        deadline = time.monotonic() + 30
+        while len(packed) < ahead and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(packed) == ahead
+    assert threading.main_thread() not in packed
+    assert next(stream, None) is None
+    assert_same(got, want)
+
+
+def test_batches_may_be_left_unused(tmp_path, nano):
+    """A run that ends early closes the stream and its threads."""
+    corpus = corpus_of(tmp_path, [random_shard(np.random.default_rng(4), 20000)])
+    before = threading.active_count()
+    stream = unchecked(small(nano, (3, 2), (64, 64)), corpus)
+    next(stream)
+    stream.close()
+    del stream
+    assert threading.active_count() <= before
 
 
 def test_an_empty_shard_among_others(tmp_path, nano):
@@ -569,7 +649,26 @@ def test_too_short_validation_is_refused(tmp_path, nano):
 def test_a_batch_with_more_documents_than_planned_is_a_bug():
     slot = np.full(17, BOS, np.uint16), np.arange(17)
     with pytest.raises(AssertionError, match="17 documents"):
-        tg.make_batch([slot], 16, CPU)
+        tg.pack_batch([slot], 16)
+
+
+def test_slots_are_packed_side_by_side():
+    """Worked out by hand: two slots of three tokens, the target of a slot's last token is its fourth."""
+    slots = [
+        (np.array([1, 5, 1, 6], np.uint16), np.array([0, 2])),
+        (np.array([1, 65535, 8, 9], np.uint16), np.array([0])),
+    ]
+    packed = tg.pack_batch(slots, 5)
+    assert all(isinstance(x, np.ndarray) for x in packed)
+    batch = tg.to_device(packed, CPU)
+    assert {name: x.tolist() for name, x in batch._asdict().items()} == {
+        "tokens_N": [1, 5, 1, 1, 65535, 8],
+        "targets_N": [5, 1, 6, 65535, 8, 9],
+        "positions_N": [0, 1, 2, 0, 1, 2],
+        "cu_seqlens": [0, 2, 3, 6, 6, 6],
+    }
+    exact = tg.to_device(tg.pack_batch(slots, 3), CPU)
+    assert exact.cu_seqlens.tolist() == [0, 2, 3, 6], "as many documents as were planned"
 
 
 def test_the_toy_corpus_is_what_its_manifest_says(tmp_path):

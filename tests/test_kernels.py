@@ -524,10 +524,12 @@ def test_interpreted_kernels():
 def test_interpreted_case_xxt(shape, dtype, forced_kernels):
     m, n, k = shape
     x = torch.randn(m, n, k + 5, dtype=dtype)[:, :, :k]  # rows are contiguous, the matrix is not
-    got = tk.xxt(x)
-    assert_close((got,), (tk.xxt_ref(x),), (tk.xxt_ref(x.double()),))
-    assert torch.equal(got, got.mT)
-    assert torch.equal(tk.xxt(x.mT.contiguous().mT), got)  # columns contiguous: copied first
+    tall = torch.randn(m, k, n + 3, dtype=dtype)[:, :, :n].copy_(x.mT).mT  # columns are: read as they lie
+    thin = torch.randn(m, n, 2 * k, dtype=dtype)[:, :, ::2].copy_(x)  # neither: copied first
+    for view in (x, tall, thin):
+        got = tk.xxt(view)
+        assert_close((got,), (tk.xxt_ref(x),), (tk.xxt_ref(x.double()),))
+        assert torch.equal(got, got.mT)
 
 
 @interpreted
@@ -707,7 +709,8 @@ def build(kernel, types, constants, is_matmul=False):
 B, S = "*bf16", "*fp32"
 for k in (768, 3072, 70):
     tile = tk.XXT_TILES.get(k, tk.XXT_TILE_OTHER)
-    build(tk._xxt_kernel, {"x_ptr": B, "c_ptr": B}, tile.launch(k), True)
+    for stride in ("stride_k", "stride_n"):  # rows or columns contiguous
+        build(tk._xxt_kernel, {"x_ptr": B, "c_ptr": B}, tile.launch(k) | {stride: 1}, True)
 build(tk._ba_plus_caa_kernel, {"a_ptr": B, "c_ptr": B, "alpha": "fp32", "beta": "fp32"},
       tk.BA_TILE.launch(768), True)
 build(tk._relu2_forward_kernel, {"x_ptr": B, "w_ptr": B, "post_ptr": B},
@@ -720,9 +723,10 @@ for is_fast in (True, False):
                   tk._ce_constants(tk.CE_FORWARD_BLOCK, tk.CE_FORWARD_WARPS, is_fast))
     assert ("tanh.approx.f32" in built.asm["ptx"]) == is_fast
     for gradient, has_grad in ((B, True), ("*fp8e5", False)):  # softcapped_cross_entropy, fp8_head_loss
+        constants = tk._ce_constants(tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS, is_fast)
         built = build(tk._ce_backward_kernel,
                       loss | {"grad_ptr": S, "dlogits_ptr": gradient, "factor": "fp32"},
-                      {"HAS_GRAD": has_grad, **tk._ce_constants(tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS, is_fast)})
+                      constants | {"HAS_GRAD": has_grad})
         assert ("tanh.approx.f32" in built.asm["ptx"]) == is_fast
 for name, dtype in (("*fp8e4nv", tk.E4M3), ("*fp8e5", tk.E5M2)):
     build(tk._quantize_kernel, {"x_ptr": B, "row_ptr": name, "col_ptr": "*i8", "inv_scale": "fp32"},
@@ -765,9 +769,10 @@ def test_gpu_bank_products(shape):
     x = on_gpu(m, n, k, scale=k**-0.5)
     a = tk.xxt_ref(x)
     for _, op in each_way(tk.xxt):
-        got = op(x)
-        assert_close((got,), (tk.xxt_ref(x),), (tk.xxt_ref(x.double()),))
-        assert torch.equal(got, got.mT)
+        for view in (x, x.mT.contiguous().mT):
+            got = op(view)
+            assert_close((got,), (tk.xxt_ref(x),), (tk.xxt_ref(x.double()),))
+            assert torch.equal(got, got.mT)
     exact = tk.ba_plus_caa_ref(a.double(), 0.5, -1.5)
     for _, op in each_way(lambda a: tk.ba_plus_caa(a, 0.5, -1.5)):
         assert_close((op(a),), (tk.ba_plus_caa_ref(a, 0.5, -1.5),), (exact,))

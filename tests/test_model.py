@@ -27,10 +27,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def config(recipe: tg.Recipe, dtype: torch.dtype = torch.float64) -> tg.Config:
-    return tg.Config(
-        recipe=recipe, vocab_size=VOCAB, slots=12, dtype=dtype, attention="reference", fp8_head=False
-    )
+def config(recipe: tg.Recipe, dtype: torch.dtype = torch.float64, fp8: tuple[str, ...] = ()) -> tg.Config:
+    return tg.Config(recipe=recipe, vocab_size=VOCAB, slots=12, dtype=dtype, attention="reference", fp8=fp8)
 
 
 def frequencies(head_dim: int) -> Tensor:
@@ -69,16 +67,20 @@ def batch(seed: int = 0, starts=STARTS) -> tg.Batch:
     packed = torch.randint(2, VOCAB, (len(starts), T + 1), generator=gen)
     cu = [slot * T + start for slot, row in enumerate(starts) for start in row]
     cu += [len(starts) * T] * 3  # the vector has a fixed size: documents of no tokens at its end
-    return tg.Batch(
-        packed[:, :-1].int().contiguous(), packed[:, 1:].contiguous(), torch.tensor(cu, dtype=torch.int32)
-    )
+    return flat(packed[:, :-1], packed[:, 1:], torch.tensor(cu, dtype=torch.int32))
+
+
+def flat(tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> tg.Batch:
+    """Slots [slots, T] one after another."""
+    positions = torch.arange(tokens.shape[1], dtype=torch.int32).expand(tokens.shape)
+    return tg.Batch(tokens.int().flatten(), targets.long().flatten(), positions.flatten(), cu_seqlens)
 
 
 # The reference
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt()
+def rms_norm(x: Tensor, eps: float = torch.finfo(torch.float64).eps) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def turn(x: Tensor, position: int) -> Tensor:
@@ -105,7 +107,7 @@ def reference_attention(x, layer, matrices, qkv_mul, out_mul, gate, ve, ve_gate,
     """x: [T, D], normalised."""
     tokens, dim = x.shape
     q, k, v = (((qkv_mul * matrices[i]) @ x.T).T.reshape(tokens, heads, -1) for i in range(3))
-    q, k = rms_norm(q), rms_norm(k)
+    q, k = (rms_norm(z, torch.finfo(torch.float32).eps) for z in (q, k))  # of a kernel, for every dtype
     if ve is not None:
         v = v + 2 * torch.sigmoid(x[:, :12] @ ve_gate.T)[:, :, None] * ve.reshape(tokens, heads, -1)
     window = {"short": SHORT_WINDOW, "long": LONG_WINDOW}[layer.window]
@@ -169,7 +171,9 @@ def reference_stream(p: dict[str, Tensor], recipe: tg.Recipe, tokens: Tensor, st
 
 def reference_loss(p: dict[str, Tensor], recipe: tg.Recipe, data: tg.Batch, mtp, starts=STARTS) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for tokens, targets, row in zip(data.tokens_BT, data.targets_BT, starts, strict=True):
+    for tokens, targets, row in zip(
+        data.tokens_N.view(-1, T), data.targets_N.view(-1, T), starts, strict=True
+    ):
         logits = reference_stream(p, recipe, tokens.long(), row) @ p["lm_head"]
         log_p = torch.log_softmax(23 * torch.sigmoid((logits + 5) / 7.5), -1)
         for r in range(len(tokens)):
@@ -225,6 +229,81 @@ def test_padding_of_the_banks_gets_no_gradient(nano):
         assert bank.grad[:3].flatten(1).any(dim=1).all()
 
 
+# The head in FP8, emulated
+
+
+def test_the_head_in_fp8_is_close_and_only_for_training(nano):
+    """One rounding of each operand and of the logits' gradient, whatever factor the loss is multiplied by."""
+    results = []
+    for fp8, factor in (((), 1.0), (("head",), 1.0), (("head",), 0.125)):
+        model, data = random_model(nano).float(), batch()
+        model.cfg = dataclasses.replace(model.cfg, fp8=fp8)
+        with torch.no_grad():
+            model.lm_head.mul_(0.1)  # into the range that FP8 keeps
+        numbers = knobs()._replace(scale=torch.tensor(SCALE))
+        loss = model(*data, MAX_SEQ_LEN, numbers)
+        (loss * factor).backward()
+        evaluated = float(model.eval()(*data, MAX_SEQ_LEN, numbers))
+        results.append((loss.detach(), evaluated, {k: p.grad for k, p in model.named_parameters()}))
+    (loss, value, grads), (loss8, value8, grads8), (again, _, eighth) = results
+    assert value8 == value, "evaluation does not use the FP8 head"
+    assert loss8.dtype == torch.float32
+    assert loss8 == again
+    assert 0 < abs(float(loss8 / loss) - 1) < 0.01
+    for name, grad in grads.items():
+        error = float((grads8[name] - grad).norm() / grad.norm())
+        assert 0 < error < 0.15, f"{name}: {error:.3f} of the norm"
+        torch.testing.assert_close(eighth[name], grads8[name] / 8, rtol=1e-5, atol=1e-7, msg=name)
+
+
+# Compilation
+
+
+@pytest.mark.slow
+def test_one_training_graph_does_for_every_number_of_rows(nano):
+    """Forward and backward of the whole model in whole graphs, at the batches of all stages.
+
+    Then evaluation, which is one more; and back to training. Windows here are shorter than a third of the
+    rows: the reference of attention, which no GPU runs, is another graph for fewer than three of its blocks.
+    """
+    recipe = dataclasses.replace(nano, val_windows=(128, 256))
+    model = random_model(recipe).float()
+    model.cfg = dataclasses.replace(model.cfg, fp8=("head",))
+    with torch.no_grad():
+        model.lm_head.mul_(0.1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    weights = (1.0, 0.5, 0.25), (1.0, 0.25, 0.0), (1.0, 0.0, 0.0), (1.0, 0.0, 0.0)
+
+    def run(call, stage: int, is_training: bool, slots: int, slot_tokens: int):
+        gen = torch.Generator().manual_seed(stage)
+        packed = torch.randint(2, VOCAB, (slots, slot_tokens + 1), generator=gen)
+        starts = [i * slot_tokens + k for i in range(slots) for k in range(0, slot_tokens, 21)]
+        cu = torch.tensor(starts + [slots * slot_tokens] * 7, dtype=torch.int32)
+        row = nano.stages[stage]
+        numbers = knobs(weights[stage], row.short, row.long)._replace(scale=torch.tensor(SCALE + 0.1 * stage))
+        model.train(is_training)
+        model.zero_grad()
+        loss = call(*flat(packed[:, :-1], packed[:, 1:], cu), nano.max_seq_len, numbers)
+        if is_training:
+            loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    calls = [(stage, True, 12, nano.stages[stage].batch_tokens // 12) for stage in range(4)]
+    calls += [(1, True, 6, nano.stages[1].batch_tokens // 12), (0, False, 1, nano.val_slot), calls[0]]
+    for i, what in enumerate(calls):
+        may_compile = i == 0 or not what[1]
+        with torch.compiler.set_stance("default" if may_compile else "fail_on_recompile"):
+            loss, grads = run(compiled, *what)
+        wanted, wanted_grads = run(model, *what)
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-4)
+        assert set(grads) == set(wanted_grads)
+        for name, grad in grads.items():
+            error = float((grad - wanted_grads[name]).norm() / wanted_grads[name].norm())
+            assert error < 1e-3, f"call {i}, {name}: {error:.1e}"
+    torch._dynamo.reset()
+
+
 # Evaluation
 
 
@@ -246,7 +325,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(nano):
     model = tg.GPT(config(nano, torch.float32), seed=1).eval()
     data = batch()
     with torch.no_grad():
-        loss = float(model(*data, MAX_SEQ_LEN, knobs())) / data.targets_BT.numel()
+        loss = float(model(*data, MAX_SEQ_LEN, knobs())) / data.targets_N.numel()
     assert loss == pytest.approx(math.log(256), abs=0.02), "250 tokens, padded to 256, which all take part"
 
 
@@ -256,13 +335,14 @@ def test_initial_loss_is_that_of_a_uniform_guess(nano):
 @torch.no_grad()
 def hidden(model: tg.GPT, tokens: Tensor, starts=STARTS, **windows: int) -> Tensor:
     """What the head reads, [slots, T, D]."""
-    docs = batch(starts=starts).cu_seqlens, MAX_SEQ_LEN
-    return model.stream(tokens, docs, knobs(**windows)).view(*tokens.shape, -1)
+    data = batch(starts=starts)
+    where = data.positions_N, data.cu_seqlens, MAX_SEQ_LEN
+    return model.stream(tokens.flatten(), where, knobs(**windows)).view(*tokens.shape, -1)
 
 
 def changed(model: tg.GPT, slot: int, position: int, starts=STARTS, **windows: int) -> dict[int, list[int]]:
     """The positions of each slot that notice another token at one place."""
-    tokens = batch(starts=starts).tokens_BT
+    tokens = batch(starts=starts).tokens_N.view(-1, T)
     other = tokens.clone()
     other[slot, position] = (tokens[slot, position] - 2 + 100) % (VOCAB - 2) + 2
     differs = (hidden(model, tokens, starts, **windows) != hidden(model, other, starts, **windows)).any(-1)
@@ -279,9 +359,32 @@ def without_leaks(recipe: tg.Recipe) -> tg.GPT:
 
 @pytest.mark.parametrize("position", [0, 14, 20, 43])
 def test_slots_are_independent_and_time_goes_forward(nano, position):
-    seen = changed(random_model(nano), 0, position)
-    assert seen[1] == []
-    assert seen[0][0] == position, "no earlier position may notice, and the position itself must"
+    model = random_model(nano)
+    for slot in (0, 1):
+        seen = changed(model, slot, position)
+        assert seen[1 - slot] == []
+        assert seen[slot][0] == position, "no earlier position may notice, and the position itself must"
+
+
+def test_neither_smear_nor_key_offset_crosses_a_slot_end(nano):
+    """The last token of slot 0 lies just before the first of slot 1; one layer, so that each acts alone."""
+    rows = (tg.Layer(key_offset=True, value_embed=0), tg.Layer(attn=None, save_as="backout"))
+    model = random_model(dataclasses.replace(nano, layers=rows))
+    for smear in (0.0, 0.5):
+        with torch.no_grad():
+            model.scalars[model.slices["smear"]] = smear
+        assert changed(model, 0, T - 1, short=2 * T, long=2 * T) == {0: [T - 1], 1: []}
+
+
+def test_slots_side_by_side_are_slots_on_their_own(nano):
+    """What the head reads of a slot does not depend on where in the rows the slot lies: positions count."""
+    model, tokens = random_model(nano), batch().tokens_N.view(2, T)
+    both = hidden(model, tokens)
+    for slot in (0, 1):
+        alone = hidden(model, tokens[slot : slot + 1], STARTS[slot : slot + 1])
+        torch.testing.assert_close(alone[0], both[slot], rtol=1e-12, atol=1e-12)
+    swapped = hidden(model, tokens.flip(0), STARTS[::-1])
+    torch.testing.assert_close(swapped.flip(0), both, rtol=1e-12, atol=1e-12)
 
 
 def test_training_losses_of_slots_add_up(nano):
@@ -289,9 +392,10 @@ def test_training_losses_of_slots_add_up(nano):
     model, (one, two) = random_model(nano), (batch(0), batch(1))
 
     def loss(i: tg.Batch, j: tg.Batch) -> float:
-        tokens, targets = (torch.stack((x[0], y[1])) for x, y in zip(i[:2], j[:2], strict=True))
+        parts = [(x.view(2, T)[0], y.view(2, T)[1]) for x, y in zip(i[:2], j[:2], strict=True)]
+        data = flat(*map(torch.stack, parts), i.cu_seqlens)
         with torch.no_grad():
-            return float(model(tokens, targets, i.cu_seqlens, MAX_SEQ_LEN, knobs((0.1, 0.5, 1.0))))
+            return float(model(*data, MAX_SEQ_LEN, knobs((0.1, 0.5, 1.0))))
 
     assert loss(one, one) - loss(two, one) == pytest.approx(loss(one, two) - loss(two, two), abs=1e-9)
     assert abs(loss(one, one) - loss(two, one)) > 1e-2
@@ -345,16 +449,17 @@ def test_window_reaches_exactly_as_far_as_it_says(nano):
 def test_targets_after_the_next_reach_over_document_ends_not_slot_ends(nano, weights, rows):
     """The gradient of the logits of one row tells which targets it was given."""
     model, data = random_model(nano), batch()
-    x = model.stream(data.tokens_BT, (data.cu_seqlens, MAX_SEQ_LEN), knobs()).detach()
+    where = data.positions_N, data.cu_seqlens, MAX_SEQ_LEN
+    x = model.stream(data.tokens_N, where, knobs()).detach()
     for row in (12, T - 1, T):  # the last of document 0, the last of slot 0, the first of slot 1
         left = (T if row < T else 2 * T) - row  # targets until the end of the slot
         logits = (x @ model.lm_head.detach()).requires_grad_()
         tg.kernels.softcapped_cross_entropy(
-            logits, data.targets_BT.flatten(), torch.tensor(weights).double(), T
+            logits, data.targets_N, data.positions_N, torch.tensor(weights).double()
         )[row].backward()
         pulled = {int(i) for i in (logits.grad[row] < 0).nonzero()}
         wanted = [row + k for k, weight in enumerate(weights) if weight and k < left]
-        assert pulled == {int(data.targets_BT.flatten()[i]) for i in wanted}
+        assert pulled == {int(data.targets_N[i]) for i in wanted}
         assert len(wanted) == min(rows, left) or sum(weights) == 1
 
 

@@ -297,9 +297,7 @@ class Bench:
     """A nano model, its optimizer, and the arguments of every update by the name of the parameter."""
 
     def __init__(self, recipe: tg.Recipe, dtype: torch.dtype = torch.float32) -> None:
-        cfg = tg.Config(
-            recipe=recipe, vocab_size=250, slots=12, dtype=dtype, attention="reference", fp8_head=False
-        )
+        cfg = tg.Config(recipe=recipe, vocab_size=250, slots=12, dtype=dtype, attention="reference", fp8=())
         self.recipe, self.model, self.calls = recipe, tg.GPT(cfg, seed=1), []
         self.params = dict(self.model.named_parameters())
         self.optimizer = tg.NorMuonAndAdam(self.model, recipe, ONE_RANK, self._recorder)
@@ -406,11 +404,51 @@ def test_adam_moves_on_odd_steps_with_the_sum_of_two_gradients(nano):
     assert differing(after_even, bench.values()) == set(bench.params)
     assert set(calls) == set(bench.params) - {"embed"}
     for name in set(ADAMS) - {"lm_head", "embed"}:
-        torch.testing.assert_close(
-            calls[name]["grad"], (two[0][name] + two[1][name]).flatten(), rtol=0, atol=0
-        )
+        got, wanted = calls[name]["grad"].flatten(), (two[0][name] + two[1][name]).flatten()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     for name in MUONS:
         assert torch.equal(calls[name]["grad_MRC"], two[1][name].flatten(0, 1)), "of this step alone"
+
+
+def test_adam_sees_rows_of_one_width(nano):
+    """Views of everything, 1024 wide where that divides: what a compiler can load 16 bytes at a time."""
+    bench = Bench(nano).randomize()
+    for step in range(11):
+        bench.step(step)
+    calls = bench.step(11)
+    widths = {}
+    for name in ADAMS:
+        shapes = {calls[name][key].shape for key in ("p", "grad", "m", "v")}
+        (shape,) = shapes
+        assert shape.numel() == bench.params[name].numel()
+        widths.setdefault(shape[1], set()).add(name)
+    assert widths[1024] == {"ve0", "ve1", "ve2", "lm_head", "embed"}
+    assert set(widths) == {1, 1024}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_adam_needs_one_graph_a_width_and_dtype(nano, dtype):
+    """Of any number of rows: parameters differ in it, and so do the ranks' shares."""
+    bench, graphs = Bench(nano, dtype), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def compiler(fn, **options):
+        if fn is tg.adam_step:
+            return torch.compile(fn, fullgraph=True, backend=count, **options)
+        return fn
+
+    torch._dynamo.reset()
+    bench.optimizer = tg.NorMuonAndAdam(bench.model, nano, ONE_RANK, compiler)
+    eager = Bench(nano, dtype)
+    for step in range(12):
+        bench.step(step)
+        eager.step(step)
+    assert len(graphs) == {torch.float32: 2, torch.bfloat16: 3}[dtype]
+    assert not differing(bench.values(), eager.values())
+    torch._dynamo.reset()
 
 
 def test_gradients_are_cleared_when_they_are_used(nano):
@@ -439,7 +477,7 @@ def test_tied_phase(nano):
             last = bench.gradients(step - 1)
             both = {name: last[name] + gradients[name] for name in ("lm_head", "embed")}
             wanted = (both["lm_head"] + both["embed"].T).flatten()
-            torch.testing.assert_close(calls["lm_head"]["grad"], wanted, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(calls["lm_head"]["grad"].flatten(), wanted, rtol=1e-6, atol=1e-6)
         assert not bench.optimizer.state["embed"]["v"].any(), "no state of its own yet"
 
 
@@ -463,7 +501,8 @@ def test_split_copies_the_moments_and_lets_both_go(nano):
     calls = bench.step(11)
     summed = {name: bench.gradients(10)[name] + bench.gradients(11)[name] for name in before}
     for name in before:
-        assert torch.equal(calls[name]["grad"], summed[name].flatten()), f"{name}: its own gradient only"
+        grad = calls[name]["grad"].flatten()
+        assert torch.equal(grad, summed[name].flatten()), f"{name}: its own gradient only"
         assert not torch.equal(before[name], params[name])
     assert not torch.equal(params["embed"], params["lm_head"].T)
 

@@ -251,7 +251,7 @@ def test_least_times():
     """Against numbers worked out by hand for recipe `sprint` on one GPU, embedding and head tied."""
     cfg = tg.Config(
         recipe=tg.RECIPES["sprint"], vocab_size=50257, slots=8, dtype=torch.bfloat16, attention="reference",
-        fp8_head=True,
+        fp8=("head",),
     )  # fmt: skip
     with torch.device("meta"):
         params = {
@@ -281,7 +281,7 @@ def test_least_times():
     assert sp.least_optimizer(optimizer, tables, sp.Ceiling(1e12, 2e12, 1e12)) == pytest.approx(
         (moved + 5 * 40 * 4 * 768**3) / 1e12
     )
-    job.cfg = dataclasses.replace(cfg, fp8_head=False)
+    job.cfg = dataclasses.replace(cfg, fp8=())
     assert sp.least_times(job, tables, 2_000_000, sp.CEILINGS["H200"])[sp.ENTROPY] == pytest.approx(
         1e6 * 50304 * 6 / 4.3e9
     )

@@ -188,7 +188,7 @@ def test_the_command_line_is_frozen(monkeypatch):
 
 def test_every_row_of_params_is_in_the_model(nano):
     cfg = train_gpt.Config(
-        recipe=nano, vocab_size=250, slots=12, dtype=torch.float32, attention="reference", fp8_head=False
+        recipe=nano, vocab_size=250, slots=12, dtype=torch.float32, attention="reference", fp8=()
     )
     names = [name for name, _ in train_gpt.GPT(cfg, 0).named_parameters()]
     assert sorted(row.name for row in train_gpt.PARAMS) == sorted(names)

@@ -316,9 +316,11 @@ def test_warm_up_leaves_no_trace(trainer, nano, monkeypatch):
     def checking(job):
         forward = job.forward
 
-        def counting(tokens, *rest):
-            sizes.add((job.model.training, tuple(tokens.shape)))
-            return forward(tokens, *rest)
+        def counting(tokens, targets, positions, cu, *rest):
+            slots = int((positions == 0).sum())
+            assert torch.equal(positions, torch.arange(len(tokens) // slots, dtype=torch.int32).repeat(slots))
+            sizes.add((job.model.training, (slots, len(tokens) // slots), len(cu) - 1))
+            return forward(tokens, targets, positions, cu, *rest)
 
         job.forward = counting
         before = state(job)
@@ -341,7 +343,9 @@ def test_warm_up_leaves_no_trace(trainer, nano, monkeypatch):
     assert nano.split_step in steps
     assert {tg.stage_of(nano, s)[0] for s in steps} == {0, 1, 2, 3}
     assert {s % 2 for s in steps} == {0, 1}
-    shapes = {(True, (12, 64)), (True, (12, 128)), (True, (12, 192)), (False, (1, 512))}
+    (job,) = checked
+    shapes = {(True, (12, tokens), 12 * job.max_docs) for tokens in (64, 128, 192)}
+    shapes.add((False, (1, 512), job.val.max_docs))
     assert sizes == shapes, "every shape of the run, and no other, is warmed up"
 
 
@@ -784,9 +788,10 @@ INDUCTOR = (
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 def test_the_compiled_path_trains_alike(trainer, nano, monkeypatch, backend):
-    """One batch shape, every kind of layer: all that a GPU compiles, but the head in FP8, for the CPU.
+    """Two batch shapes, every kind of layer: all that a GPU compiles, but the head in FP8, for the CPU.
 
-    aot_eager traces model, backward and update rules as whole graphs; inductor makes programs of them.
+    aot_eager traces model, backward and update rules as whole graphs; inductor makes programs of them. All
+    that the run needs is compiled by the warm-up.
     """
     layers = (
         tg.Layer(attn="paired", value_embed=1, save_as="skip"),
@@ -794,22 +799,34 @@ def test_the_compiled_path_trains_alike(trainer, nano, monkeypatch, backend):
         tg.Layer(window="long", key_offset=True, value_embed=2, save_as="backout"),
     )
     stages = tuple(
-        dataclasses.replace(nano.stages[i], steps=n, batch_tokens=768) for i, n in ((0, 4), (3, 2))
+        dataclasses.replace(nano.stages[i], steps=n, batch_tokens=size)
+        for i, n, size in ((0, 4, 960), (3, 2, 1536))
     )
     momentum = ((0, 0.85), (6, 0.95))
     reduced = dataclasses.replace(
-        nano, layers=layers, stages=stages, momentum=momentum, val_every=3, val_tokens=1024
+        nano,
+        layers=layers,
+        stages=stages,
+        momentum=momentum,
+        val_every=3,
+        val_tokens=1024,
+        val_windows=(128, 256),  # of fewer than three blocks, the reference of attention is another graph
     )
     monkeypatch.setitem(tg.RECIPES, "nano", reduced)
     eager = trainer()
-    torch_compile, compiled_functions = torch.compile, []
+    torch_compile, compiled_functions, train = torch.compile, [], tg.train
 
     def compiler(function, **options):
         assert options["fullgraph"], "a graph break would go unnoticed"
         compiled_functions.append(function)
         return torch_compile(function, backend=backend, **options)
 
+    def warmed_up(job, stop):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            return train(job, stop)
+
     monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(tg, "train", warmed_up)
     monkeypatch.setitem(tg.RECIPES, "nano", dataclasses.replace(reduced, cpu_compile=True))
     # The C++ compiler's optimisation takes longer than this run.
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True, "cpp.simdlen": 0}):
