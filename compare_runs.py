@@ -121,7 +121,7 @@ HEAD_PATTERNS = {  # name: pattern at a line start of the header
     "device_name": rb"Running on device_name=(.*) with world_size=",
     "seed": rb"(?:Using seed=|seed:)(\d+)",
 }
-SETTINGS = ("dtype", "attention", "fp8_head", "slots")  # what a machine may decide differently for one source
+SETTINGS = ("dtype", "attention", "fp8", "slots")  # what a machine may decide differently for one source
 OUR_KEYS = ("run_id", "host", "driver", "commit", "dirty", "data", "recipe", "seed", "world_size", "started")
 OUR_KEYS += (*SETTINGS, "resumed")
 

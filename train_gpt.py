@@ -156,13 +156,7 @@ LAYERS = (
     Layer(attn="paired", value_embed=1),
     Layer(window="long", key_offset=True, value_embed=2),
 )
-TINY_LAYERS = (  # every kind of row of LAYERS once
-    Layer(attn="paired", value_embed=1),
-    Layer(window="long", key_offset=True, save_as="skip"),
-    Layer(attn=None, skip_from="skip"),
-    Layer(value_embed=0, save_as="backout"),
-    Layer(window="long", key_offset=True, value_embed=2),
-)
+TINY_LAYERS = (*LAYERS[:4:3], LAYERS[6], replace(LAYERS[8], save_as="backout"), LAYERS[10])  # every kind once
 
 
 # fmt: off
@@ -181,9 +175,9 @@ def gpt_stages(steps: int, extension: int) -> tuple[Stage, ...]:
 SHORT = Recipe(
     name="short", layers=LAYERS, model_dim=768, num_heads=6, head_dim=128, hidden_dim=3072,
     stages=gpt_stages(575, 40), momentum=((0, 0.85), (300, 0.95), (1715, 0.95), (1765, 0.85)),
-    slots=8, micro_tokens=64 * 1024, max_seq_len=2048,
+    slots=8, micro_tokens=48 * 1024, max_seq_len=2048,
     val_tokens=10 * 1024 * 1024, val_slot=256 * 1024, val_windows=(768, 2560), val_every=250,
-    target=3.28, fp8=("head",), tokenizer="gpt2",
+    target=3.28, fp8=("head", "mlp"), tokenizer="gpt2",
 )
 SPRINT = replace(
     SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322, tokenizer=None,
@@ -262,10 +256,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def packing(recipe: Recipe, world_size: int) -> int:
-    """How many slots the global batch is packed into: the recipe's number where the world size divides it.
-
-    Then training is the same up to rounding. Else a common multiple, and documents are cut in other places.
-    """
+    """The recipe's slots if the world size divides them; else a common multiple, and other document cuts."""
     sizes = sorted({stage.batch_tokens for stage in recipe.stages})
     good = [w for w in range(1, 1025) if not any(size % (16 * math.lcm(recipe.slots, w)) for size in sizes)]
     if world_size not in good:
@@ -295,9 +286,7 @@ class Ranks:
         names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
         given = [os.environ.get(name, default) for name, default in names]
         if not all(number.isdecimal() for number in given):
-            raise InputError(
-                f"RANK, LOCAL_RANK, WORLD_SIZE are {given}; they must be numbers, as torchrun sets"
-            )
+            raise InputError(f"RANK, LOCAL_RANK, WORLD_SIZE are {given}, not numbers; torchrun sets them")
         rank, local, world = map(int, given)
         if not torch.cuda.is_available():
             return cls(rank, world, torch.device("cpu"))
@@ -316,8 +305,8 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            options = {"device_id": self.device} if self.device.type == "cuda" else {}
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", **options)
+            backend, device_id = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, device_id=device_id)
             dist.barrier()
         try:
             yield
@@ -440,8 +429,7 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         self.synchronize()
-        self.elapsed_ms = self.ms()
-        self.started = None
+        self.elapsed_ms, self.started = self.ms(), None
         yield
         self.start()
 
@@ -514,9 +502,7 @@ def map_shard(path: Path) -> np.ndarray:
 
 def check_tokens(tokens: np.ndarray, corpus: Corpus, path: Path) -> None:
     if len(tokens) and int(tokens.max()) >= corpus.vocab_size:
-        raise InputError(
-            f"{path} holds token {tokens.max()} of {corpus.vocab_size} there are; prepare it again"
-        )
+        raise InputError(f"{path}: token {tokens.max()} of {corpus.vocab_size} there are; prepare it again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -564,11 +550,8 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # int32 [documents + 1], where documents begin in the N rows, padded at its end with N
 
 
-Packed = tuple[np.ndarray, ...]  # a Batch on the host
-
-
-def pack_batch(slots: Sequence[tuple[np.ndarray, np.ndarray]], max_docs: int) -> Packed:
-    """Put packed slots side by side; `max_docs` fixes the length of cu_seqlens."""
+def pack_batch(slots: Sequence[tuple[np.ndarray, np.ndarray]], max_docs: int) -> tuple[np.ndarray, ...]:
+    """A Batch on the host, slots side by side; `max_docs` fixes the length of cu_seqlens."""
     packed = np.stack([tokens for tokens, _ in slots]).astype(np.int32)
     slot_tokens = packed.shape[1] - 1
     begins = np.concatenate([b + i * slot_tokens for i, (_, b) in enumerate(slots)])
@@ -579,7 +562,7 @@ def pack_batch(slots: Sequence[tuple[np.ndarray, np.ndarray]], max_docs: int) ->
     return packed[:, :-1].reshape(-1), packed[:, 1:].reshape(-1).astype(np.int64), positions, cu
 
 
-def to_device(packed: Packed, device: torch.device) -> Batch:
+def to_device(packed: tuple[np.ndarray, ...], device: torch.device) -> Batch:
     """Without waiting for the copies."""
     tensors = map(torch.from_numpy, packed)
     if device.type == "cuda":
@@ -593,8 +576,7 @@ def batch_bounds(recipe: Recipe, slots: int, corpus: Corpus) -> Iterator[tuple[D
     slot_tokens, done = next(steps), 0
     index = functools.partial(Documents.index, corpus=corpus, max_seq_len=recipe.max_seq_len)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        # A shard is indexed while the one before it is used. The first is needed at once, so an index of its
-        # first tokens serves until the whole one is there.
+        # Each is indexed while the one before is used; of the first, at the start, only its beginning.
         queue = [pool.submit(index, corpus.train[0], head=4_000_000), pool.submit(index, corpus.train[0])]
         for following in (*corpus.train[1:], None):
             cursor, futures = 0, queue
@@ -605,11 +587,9 @@ def batch_bounds(recipe: Recipe, slots: int, corpus: Corpus) -> Iterator[tuple[D
                     cursor, done = bounds[-1], done + 1
                     if (slot_tokens := next(steps, None)) is None:
                         return
-    raise InputError(
-        f"the training shards last for {done} of {recipe.total_steps} steps: recipe {recipe.name} needs "
-        f"{recipe.train_tokens:,} tokens after documents are cut at {recipe.max_seq_len} and at slot ends, "
-        f"they hold {sum(map(check_shard, corpus.train)):,}; add shards"
-    )
+    have = f"they hold {sum(map(check_shard, corpus.train)):,}, documents are cut at {recipe.max_seq_len}"
+    need = f"recipe {recipe.name} needs {recipe.train_tokens:,} tokens, {have} and at slot ends"
+    raise InputError(f"the training shards last for {done} of {recipe.total_steps} steps: {need}; add shards")
 
 
 def check_train_data(recipe: Recipe, slots: int, corpus: Corpus) -> int:
@@ -617,25 +597,21 @@ def check_train_data(recipe: Recipe, slots: int, corpus: Corpus) -> int:
     return max(max(np.diff(bounds)) for _, bounds in batch_bounds(recipe, slots, corpus))
 
 
-def packed_batches(
-    cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first: int
-) -> Iterator[list[Packed]]:
-    """This rank's micro-batches of each step from `first` on, on the host."""
+def batches(cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each step from `first` on; packed in a thread, a step ahead."""
     recipe, per_rank = cfg.recipe, cfg.slots // ranks.world_size
     stages = [stage for stage in recipe.stages for _ in range(stage.steps)]
-    for step, (documents, bounds) in enumerate(batch_bounds(recipe, cfg.slots, corpus)):
-        if step < first:
-            continue
-        slot_tokens = stages[step].batch_tokens // cfg.slots
-        mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
-        packed = [documents.pack(bounds[i], bounds[i + 1], slot_tokens) for i in mine]
-        size = slots_per_pass(per_rank, slot_tokens, recipe.micro_tokens)
-        yield [pack_batch(packed[i : i + size], size * max_docs) for i in range(0, per_rank, size)]
+    mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
 
+    def pack() -> Iterator[list[tuple[np.ndarray, ...]]]:
+        bounds_of_steps = enumerate(batch_bounds(recipe, cfg.slots, corpus))
+        for step, (documents, bounds) in itertools.islice(bounds_of_steps, first, None):
+            slot_tokens = stages[step].batch_tokens // cfg.slots
+            packed = [documents.pack(bounds[i], bounds[i + 1], slot_tokens) for i in mine]
+            size = slots_per_pass(per_rank, slot_tokens, recipe.micro_tokens)
+            yield [pack_batch(packed[i : i + size], size * max_docs) for i in range(0, per_rank, size)]
 
-def batches(cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first: int) -> Iterator[list[Batch]]:
-    """packed_batches on the device; the next step's are packed in a thread while this step runs."""
-    stream = packed_batches(cfg, ranks, corpus, max_docs, first)
+    stream = pack()
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(next, stream, None)
         while packed := ahead.result():
@@ -683,11 +659,6 @@ class Sched:
     is_adam_step: bool  # Adam parameters move on odd steps, with the gradients of two steps
 
 
-def ramp(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Piecewise linear through (x, y) points, constant outside."""
-    return float(np.interp(x, [p[0] for p in points], [p[1] for p in points]))
-
-
 def stage_of(recipe: Recipe, step: int) -> tuple[int, int]:
     """(stage index, step within the stage); the last stage goes on for ever."""
     for i, stage in enumerate(recipe.stages[:-1]):
@@ -704,10 +675,10 @@ def at(recipe: Recipe, step: int) -> Sched:
     # A stage's learning rate begins one step after its batch does.
     lr_mul = recipe.stages[stage_of(recipe, max(step - 1, 0))[0]].lr_mul
     left = min(max((1 - step / recipe.scheduled_steps) / recipe.cooldown, 0), 1)
-    weights = [ramp(((0, start), (stage.steps, end)), within) for start, end in stage.mtp]
+    weights = [float(np.interp(within, (0, stage.steps), ends)) for ends in stage.mtp]
     windows = recipe.val_windows if step == recipe.total_steps else (stage.short, stage.long)
     lr = lr_mul * left + recipe.lr_floor * (1 - left)
-    mtp, momentum = (*weights, 0.0, 0.0)[:3], ramp(recipe.momentum, step)
+    mtp, momentum = (*weights, 0.0, 0.0)[:3], float(np.interp(step, *zip(*recipe.momentum, strict=True)))
     return Sched(step, index, windows, mtp, lr, momentum, is_adam_step=step % 2 == 1)
 
 
@@ -769,7 +740,7 @@ class GPT(nn.Module):
         value_layers = [layer for layer in r.layers if layer.value_embed is not None]
         attn_rows = round_up(4 * len(attending), BANK_MULTIPLE) // 4
         mlp_rows = round_up(2 * len(r.layers), BANK_MULTIPLE) // 2
-        std = r.model_dim**-0.5
+        bound = (3 / r.model_dim) ** 0.5  # of the uniform distribution with standard deviation D^-1/2
         init = {
             "attn_bank": torch.zeros(attn_rows, 4, r.model_dim, r.model_dim),  # matrices q, k, v, o
             "mlp_bank": torch.zeros(mlp_rows, 2, r.hidden_dim, r.model_dim),  # c_fc and, transposed, c_proj
@@ -781,9 +752,8 @@ class GPT(nn.Module):
             "x0_lambdas": torch.zeros(len(r.layers)),
             "lm_head": torch.empty(r.model_dim, cfg.padded_vocab).normal_(std=0.005, generator=gen),
         }
-        # Uniform with the standard deviation given: a bound of sqrt(3) times it.
-        init["attn_bank"][:, :3].uniform_(-(3**0.5) * std, 3**0.5 * std, generator=gen)
-        init["mlp_bank"][:, 0].uniform_(-(3**0.5) * std / 2, 3**0.5 * std / 2, generator=gen)
+        init["attn_bank"][:, :3].uniform_(-bound, bound, generator=gen)
+        init["mlp_bank"][:, 0].uniform_(-bound / 2, bound / 2, generator=gen)
         init["embed"] = init["lm_head"].T.contiguous()
         for name, value in init.items():
             dtype = torch.float32 if name in ("scalars", "x0_lambdas") else cfg.dtype
@@ -806,13 +776,12 @@ class GPT(nn.Module):
         r, (positions_N, cu_seqlens, max_seq_len) = self.cfg.recipe, where
         H, K, paired = r.num_heads, r.head_dim, layer.attn == "paired"
         qkv = F.linear(x_ND, w["qkv"]).view(-1, 3, H, K)
-        gate = F.linear(x_ND[:, :GATE_DIM], w["ve_gate"]) if "ve" in w else None
-        ve = w["ve"].view(-1, H, K) if "ve" in w else None
-        options = paired, layer.key_offset
-        heads = kernels.prepare_qkv(qkv, self.cos, self.sin, positions_N, ve, gate, *options)
+        gated = None, None
+        if layer.value_embed is not None:
+            gated = w["ve"].view(-1, H, K), F.linear(x_ND[:, :GATE_DIM], w["ve_gate"])
+        heads = kernels.prepare_qkv(qkv, self.cos, self.sin, positions_N, *gated, paired, layer.key_offset)
         if paired:
-            # Two neighbours of the H heads have positions 2t and 2t+1; in memory the two halves of the heads
-            # then are rows 2t and 2t+1 of a sequence twice as long.
+            # As they lie in memory, halves of the H heads are rows 2t and 2t+1 of a sequence twice as long.
             heads = [z.view(-1, H // 2, K) for z in heads]
             cu_seqlens, max_seq_len = 2 * cu_seqlens, 2 * max_seq_len
         window = knobs.long if layer.window == "long" else knobs.short
@@ -880,18 +849,6 @@ class GPT(nn.Module):
         return kernels.softcapped_cross_entropy(x_ND @ self.lm_head, *rows).sum()
 
 
-def flops_per_token(cfg: Config) -> float:
-    """Products with matrices, forward and backward; attention's own, a few percent, are left out."""
-    r = cfg.recipe
-    attn = sum(4 * r.model_dim**2 for layer in r.layers if layer.attn)
-    mlp = len(r.layers) * 2 * r.model_dim * r.hidden_dim
-    return 6.0 * (attn + mlp + r.model_dim * cfg.padded_vocab)
-
-
-# Dense bf16 matrix peaks by datasheet, FLOP/s, for the progress line's MFU; no entry, no MFU.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
 # 7. update rules: tensors in, tensors changed in place --------------------------------------------------
 POLAR_COEFFICIENTS = (  # five steps, cushion 2, safety 2e-2; source: arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -903,10 +860,9 @@ POLAR_COEFFICIENTS = (  # five steps, cushion 2, safety 2e-2; source: arXiv 2505
 
 
 def polar_express(u_MRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest semi-orthogonal matrix to each of M matrices, roughly: singular values go to about 1.
+    """The nearest semi-orthogonal matrix to each of M, roughly, in `dtype`. Source: arXiv 2505.16932.
 
     Error: singular values in (0.83, 1.15) where they were at least 1e-3 of the norm (test_optim.py).
-    Source: arXiv 2505.16932. Computed in `dtype`.
     """
     is_tall = u_MRC.shape[-2] > u_MRC.shape[-1]
     x = (u_MRC / (u_MRC.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).to(dtype)
@@ -954,11 +910,9 @@ def normuon_step(
     o = o * (scale * (norms[0] / norms[1].clamp_min(1e-10)))
     p = p_MRC if low_MRC is None else join_float32(p_MRC, low_MRC)
     p = p - lr_M11 * (decay * p * (o * p >= 0) + o)
-    if low_MRC is None:
-        p_MRC.copy_(p)
-    else:
-        high, low = split_float32(p)
-        p_MRC.copy_(high)
+    high, low = (p, None) if low_MRC is None else split_float32(p)
+    p_MRC.copy_(high)
+    if low is not None:
         low_MRC.copy_(low)
 
 
@@ -1110,9 +1064,8 @@ class NorMuonAndAdam:
             lr, t = r.adam_lr * row.lr_mul[0] * sched.lr, self.updates[row.name]
             step_size = torch.tensor(lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
             decay = torch.tensor(lr * lr * r.adam_wd * row.wd_mul)
-            # Elementwise: one graph with a run-time number of rows does for all. Rows of a known width let the
-            # compiler load 16 bytes at a time: 7 times the speed of flat views.
-            width = ADAM_WIDTH if mine.numel() % ADAM_WIDTH == 0 else 1
+            # Elementwise, so one graph does for all; rows of known width load 7 times as fast as flat views.
+            width = ADAM_WIDTH if mine.numel() % ADAM_WIDTH == 0 < mine.numel() - ADAM_WIDTH else 1
             rows = [x.view(-1, width) for x in (mine, grad, state["m"], state["v"])]
             for x in rows:
                 torch._dynamo.mark_dynamic(x, 0)
@@ -1228,37 +1181,33 @@ class Passes:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.graphs, self.pool = job, {}, None
-        self.params = list(job.model.parameters())
-        # A graph writes to fixed addresses: these stand in for the gradients that it would have made.
-        self.grads = [torch.empty_like(p) for p in self.params] if job.ranks.device.type == "cuda" else None
+        self.job, self.graphs, self.pool, self.params = job, {}, None, list(job.model.parameters())
+        # A graph writes to fixed addresses: these take the place of gradients made anew.
+        self.grads = [torch.empty_like(p) for p in self.params] if job.ranks.device.type == "cuda" else []
 
-    def eager(self, micro: Batch, knobs: Knobs) -> Tensor:
+    def eager(self, micro: Sequence[Tensor], knobs: Knobs) -> Tensor:
         loss = self.job.forward(*micro, self.job.cfg.recipe.max_seq_len, knobs)
         (loss * GRAD_SCALE).backward()
         return loss.detach()
 
     def __call__(self, micro: Batch, sched: Sched) -> Tensor:
         knobs = self.job.knobs(sched)
-        if self.grads is None:
+        if not self.grads:
             return self.eager(micro, knobs)
         for p, grad in zip(self.params, self.grads, strict=True):
             if p.grad is not grad:
                 p.grad = grad.zero_() if p.grad is None else grad.copy_(p.grad)
         if sched.stage not in self.graphs:
-            self._record(micro, knobs, sched.stage)
+            *batch, mtp_K = inputs = [x.clone() for x in (*micro, knobs.mtp_K)]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss = self.eager(batch, knobs._replace(mtp_K=mtp_K))
+            self.graphs[sched.stage], self.pool = (graph, inputs, loss), graph.pool()
         graph, inputs, loss = self.graphs[sched.stage]
         for there, here in zip(inputs, (*micro, knobs.mtp_K), strict=True):
             there.copy_(here)
         graph.replay()
         return loss.clone()
-
-    def _record(self, micro: Batch, knobs: Knobs, stage: int) -> None:
-        *batch, mtp_K = (x.clone() for x in (*micro, knobs.mtp_K))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss = self.eager(Batch(*batch), knobs._replace(mtp_K=mtp_K))
-        self.graphs[stage], self.pool = (graph, (*batch, mtp_K), loss), graph.pool()
 
 
 def warm_up(job: Job) -> None:
@@ -1270,17 +1219,19 @@ def warm_up(job: Job) -> None:
     job.model.zero_grad(set_to_none=True)
 
     def timed(what: str, call: Callable, *arguments: object) -> None:
-        job.log.progress(f"warm-up: {what}")
         began = time.perf_counter()
+        job.log.progress(f"warm-up: {what}")
         call(*arguments)
         job.clock.synchronize()
         seconds[what] = seconds.get(what, 0) + time.perf_counter() - began
 
     for stage in r.stages:
-        # An even and an odd step, and one that unties embedding and head.
-        even, slot_tokens = replace(at(r, first), is_adam_step=False), stage.batch_tokens // cfg.slots
-        odd = replace(even, is_adam_step=True)
-        for sched in (even, odd, replace(odd, step=r.split_step)) if first else (even, odd):
+        even, odd = (replace(at(r, first), is_adam_step=is_odd) for is_odd in (False, True))
+        slot_tokens, unties = (
+            stage.batch_tokens // cfg.slots,
+            [replace(odd, step=r.split_step)] if first else [],
+        )
+        for sched in (even, odd, *unties):
             size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
             noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
             begins = np.arange(0, slot_tokens, r.max_seq_len)
@@ -1292,6 +1243,7 @@ def warm_up(job: Job) -> None:
         first += stage.steps
     timed("evaluation graph", validate, job, at(r, 0), 1)
     job.log.say("warm-up: " + ", ".join(f"{what} {s:.1f} s" for what, s in seconds.items()))
+    torch.cuda.empty_cache()  # passes that are recorded have memory of their own
     job.model.load_state_dict(model)
     job.optimizer.load_state_dict(optimizer)
     for p, grad in zip(job.model.parameters(), grads, strict=True):
@@ -1339,17 +1291,12 @@ class Monitor:
         self.lag = 2 if self.device.type == "cuda" else 0
         self.waiting, self.recent = deque(), deque(maxlen=20)
         self.tokens = [stage.batch_tokens for stage in self.recipe.stages for _ in range(stage.steps)]
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), 0)
-        self.peak_tokens_s = peak * job.ranks.world_size / flops_per_token(job.cfg)
 
     def put(self, step: int, loss: Tensor, wants_stop: bool) -> None:
-        values = self.job.ranks.sum(torch.stack((loss, torch.full_like(loss, wants_stop))))
-        event = None
-        if self.device.type == "cuda":
-            # Into pinned memory: a copy into other memory would wait for the device.
-            pinned = torch.empty(2, pin_memory=True)
-            values, event = pinned.copy_(values, non_blocking=True), torch.cuda.Event()
+        values, event = self.job.ranks.sum(torch.stack((loss, torch.full_like(loss, wants_stop)))), None
+        if self.device.type == "cuda":  # into pinned memory: a copy into other memory waits for the device
+            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
             event.record()
         self.waiting.append((step, values, event))
 
@@ -1375,10 +1322,9 @@ class Monitor:
             span = self.recent[-1][0] - self.recent[0][0]
             rate = 1000 * sum(n for _, n in list(self.recent)[1:]) / max(span, 1e-3)
             eta = sum(self.tokens[done:]) / rate
-            mfu = f"{rate / self.peak_tokens_s:.1%}" if self.peak_tokens_s else "-"
             self.job.log.progress(
                 f"step {done}/{total} | loss {loss:.4f} | {span / (len(self.recent) - 1):.1f} ms/step | "
-                f"{rate:,.0f} tokens/s | MFU {mfu} | ETA {eta:.0f} s | {peak_memory(self.device)[0]:,} MiB"
+                f"{rate:,.0f} tokens/s | ETA {eta:.0f} s | {peak_memory(self.device)[0]:,} MiB"
             )
 
 
@@ -1419,10 +1365,10 @@ def train(job: Job, stop: StopRequest) -> dict[str, object]:
                 job.save(step + 1)
         if is_last:
             raise Ended(f"interrupted at step {step + 1}: asked to by a signal", 130)
-    allocated, reserved = peak_memory(job.ranks.device)
-    job.log.say(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-    figures = {"val_loss": loss, "val_bpb": bpb, "train_time_ms": clock.ms()}
-    return {**figures, "steps": last, "peak_memory_mib": allocated}
+    mib, reserved = peak_memory(job.ranks.device)
+    job.log.say(f"peak memory allocated: {mib} MiB reserved: {reserved} MiB")
+    figures = {"val_loss": loss, "val_bpb": bpb, "train_time_ms": clock.ms(), "steps": last}
+    return {**figures, "peak_memory_mib": mib}
 
 
 def describe(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -> dict[str, object]:

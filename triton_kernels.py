@@ -627,22 +627,14 @@ def _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, K: tl.conste
 @jit
 def _ce_forward_kernel(
     logits_ptr,  # (rows, V) from `first_row` on, last stride 1
-    targets_ptr,  # (N,)
-    positions_ptr,
-    weights_ptr,
-    loss_ptr,  # (N,) float32
-    lse_ptr,  # (N,) float32
+    targets_ptr, positions_ptr, weights_ptr,
+    loss_ptr, lse_ptr,  # (N,) float32
     first_row,
     num_rows,  # N
-    num_cols,
-    stride,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    INV_C: tl.constexpr,
-    LOG2_E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    num_cols, stride,
+    A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
     IS_FAST: tl.constexpr,
-):
+):  # fmt: skip
     """One row. z lies in (0, A): exp(z - A) neither overflows nor vanishes, no running maximum is needed."""
     row = first_row + tl.program_id(0)
     logits_ptr += tl.program_id(0).to(tl.int64) * stride  # N * V exceeds 2^31
@@ -681,23 +673,13 @@ def _ce_backward_kernel(
     grad_ptr,  # (N,) float32, of the losses; not read if not HAS_GRAD
     lse_ptr,
     logits_ptr,  # (rows, V) from `first_row` on, last stride 1
-    targets_ptr,
-    positions_ptr,
-    weights_ptr,
+    targets_ptr, positions_ptr, weights_ptr,
     dlogits_ptr,  # (rows, V) contiguous
-    first_row,
-    num_rows,
-    num_cols,
-    stride,
+    first_row, num_rows, num_cols, stride,
     factor,  # of the gradient
-    HAS_GRAD: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    INV_C: tl.constexpr,
-    LOG2_E: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IS_FAST: tl.constexpr,
-):
+    HAS_GRAD: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr,
+    BLOCK: tl.constexpr, IS_FAST: tl.constexpr,
+):  # fmt: skip
     """dl_j = g A/4C (1 - t_j^2) (p_j sum_k w_k - sum_k w_k [j == target_k]), p the softmax of z.
 
     The targets' columns are written twice, the second time with their term: comparing every column with every
@@ -927,7 +909,8 @@ def fp8_head_loss_ref(
     """(loss, dx, dw): the same rounding by plain PyTorch, everything at once."""
     x8_ND, x8_DN = quantize_ref(x_ND, HEAD_X_SCALE, E4M3)
     w8_DV, w8_VD = quantize_ref(w_DV, HEAD_W_SCALE, E4M3)
-    logits_NV, dx_ND, dw_DV = x_ND.new_empty(len(x_ND), w_DV.shape[1]), *map(torch.empty_like, (x_ND, w_DV))
+    logits_NV = x_ND.new_empty(len(x_ND), w_DV.shape[1])
+    dx_ND, dw_DV = (t.new_empty(t.shape) for t in (x_ND, w_DV))
     _matmul_fp8(x8_ND, w8_VD, HEAD_X_SCALE, HEAD_W_SCALE, logits_NV, is_fast=True)
     loss = softcapped_cross_entropy_ref(logits_NV, targets_N, positions_N, weights_K).sum()
     # By hand: autograd is switched off inside a custom op.
@@ -958,7 +941,8 @@ def _fp8_head_loss(
     constants = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS, is_fast=True)
     chunk = min(n, HEAD_CHUNK)
     logits_CV, g8_CV = x_ND.new_empty(chunk, v), x_ND.new_empty(chunk, v, dtype=E5M2)
-    g8_VN, dx_ND, dw_DV = x_ND.new_empty(v, n, dtype=E5M2), *map(torch.empty_like, (x_ND, w_DV))
+    g8_VN = x_ND.new_empty(v, n, dtype=E5M2)
+    dx_ND, dw_DV = (t.new_empty(t.shape) for t in (x_ND, w_DV))
     for first in range(0, n, chunk):
         c, part = min(chunk, n - first), slice(first, first + chunk)
         logits, g8 = logits_CV[:c], g8_CV[:c]

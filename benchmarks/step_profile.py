@@ -199,12 +199,23 @@ class Ceiling(NamedTuple):
 CEILINGS = {"H200": Ceiling(790e12, 1580e12, 4.3e12)}
 
 
+def flops_per_token(cfg) -> float:
+    """Products with matrices, forward and backward; attention's own, a few percent, are left out."""
+    r = cfg.recipe
+    attn = sum(4 * r.model_dim**2 for layer in r.layers if layer.attn)
+    mlp = len(r.layers) * 2 * r.model_dim * r.hidden_dim
+    return 6.0 * (attn + mlp + r.model_dim * cfg.padded_vocab)
+
+
 def least_times(job, tg: ModuleType, batch_tokens: int, ceiling: Ceiling) -> dict[str, float]:
     """Least ms a step of the rows whose arithmetic and traffic are known without asking the kernels."""
     cfg, tokens = job.cfg, batch_tokens / job.ranks.world_size
-    head = 6.0 * cfg.recipe.model_dim * cfg.padded_vocab
-    head_s = head / (ceiling.fp8_flops if "head" in cfg.fp8 else ceiling.bf16_flops)
-    products_s = (tg.flops_per_token(cfg) - head) / ceiling.bf16_flops + head_s
+    r = cfg.recipe
+    head = 6.0 * r.model_dim * cfg.padded_vocab
+    # Of the hidden layers only the forward products, a third, are in FP8.
+    mlp8 = 4.0 * len(r.layers) * r.model_dim * r.hidden_dim if "mlp" in cfg.fp8 else 0.0
+    eight = (head if "head" in cfg.fp8 else 0.0) + mlp8
+    products_s = (flops_per_token(cfg) - eight) / ceiling.bf16_flops + eight / ceiling.fp8_flops
     # bf16 logits are read forward and backward, and their gradient is written: in FP8 one byte each.
     logits_bytes = tokens * cfg.padded_vocab * (2 + 2 + (1 if "head" in cfg.fp8 else 2))
     optimizer_s = least_optimizer(job.optimizer, tg, ceiling)

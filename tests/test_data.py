@@ -530,15 +530,14 @@ def test_tokens_outside_the_vocabulary_reach_whoever_asks_for_the_batch(tmp_path
 def test_the_next_batch_is_packed_while_this_one_is_used(tmp_path, nano, monkeypatch):
     """One step ahead and no more, in another thread."""
     corpus = corpus_of(tmp_path, [random_shard(np.random.default_rng(4), 20000)])
-    recipe, packed, packing = small(nano, (3, 2), (64, 64)), [], tg.packed_batches
+    recipe, packed, packing = small(nano, (3, 2), (64, 64)), [], tg.pack_batch  # one pass a step
     want = load(recipe, corpus)
 
     def watched(*arguments):
-        for step in packing(*arguments):
-            packed.append(threading.current_thread())
-            yield step
+        packed.append(threading.current_thread())
+        return packing(*arguments)
 
-    monkeypatch.setattr(tg, "packed_batches", watched)
+    monkeypatch.setattr(tg, "pack_batch", watched)
     stream, got = unchecked(recipe, corpus, tg.check_train_data(recipe, 4, corpus)), []
     for ahead in (2, 3, 4, 5, 5):
         got.append(next(stream))
