@@ -267,8 +267,8 @@ def packing(recipe: Recipe, world_size: int) -> int:
 
 def slots_per_pass(slots: int, slot_tokens: int, micro_tokens: int) -> int:
     """The largest divisor of `slots` whose tokens fit in one forward pass; at least 1."""
-    divisors = (b for b in range(1, slots + 1) if slots % b == 0)
-    return max(b for b in divisors if b == 1 or b * slot_tokens <= micro_tokens)
+    limit = max(micro_tokens, slot_tokens)
+    return max(b for b in range(1, slots + 1) if slots % b == 0 and b * slot_tokens <= limit)
 
 
 # 2. ranks, log, clock -----------------------------------------------------------------------------------
@@ -283,8 +283,7 @@ class Ranks:
     @classmethod
     def from_torchrun(cls) -> "Ranks":
         """Read torchrun's environment; a single process where there is none. Starts no process group."""
-        names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
-        given = [os.environ.get(name, default) for name, default in names]
+        given = [os.environ.get(*of) for of in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))]
         if not all(number.isdecimal() for number in given):
             raise InputError(f"RANK, LOCAL_RANK, WORLD_SIZE are {given}, not numbers; torchrun sets them")
         rank, local, world = map(int, given)
@@ -1234,9 +1233,8 @@ def warm_up(job: Job) -> None:
         for sched in (even, odd, *unties):
             size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
             noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
-            begins = np.arange(0, slot_tokens, r.max_seq_len)
-            packed = pack_batch([(row, begins) for row in noise], size * job.max_docs)
-            micro = to_device(packed, job.ranks.device)
+            slots = [(row, np.arange(0, slot_tokens, r.max_seq_len)) for row in noise]
+            micro = to_device(pack_batch(slots, size * job.max_docs), job.ranks.device)
             timed("training graph", job.passes.eager, micro, job.knobs(sched))
             timed("recording", job.passes, micro, sched)
             timed("optimizer", job.optimizer.step, sched)
@@ -1296,8 +1294,7 @@ class Monitor:
         values, event = self.job.ranks.sum(torch.stack((loss, torch.full_like(loss, wants_stop)))), None
         if self.device.type == "cuda":  # into pinned memory: a copy into other memory waits for the device
             values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream().record_event()
         self.waiting.append((step, values, event))
 
     def drain(self, everything: bool = False) -> bool:
@@ -1332,8 +1329,8 @@ def peak_memory(device: torch.device) -> tuple[int, int]:
     """(allocated, reserved) MiB at their highest; on a CPU the process's resident set stands for both."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20, torch.cuda.max_memory_reserved(device) >> 20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    shift = 20 if sys.platform == "darwin" else 10  # bytes on macOS, KiB on Linux
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> shift,) * 2
 
 
 def train(job: Job, stop: StopRequest) -> dict[str, object]:
