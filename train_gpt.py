@@ -1218,8 +1218,7 @@ def warm_up(job: Job) -> None:
     job.model.zero_grad(set_to_none=True)
 
     def timed(what: str, call: Callable, *arguments: object) -> None:
-        began = time.perf_counter()
-        job.log.progress(f"warm-up: {what}")
+        began, _ = time.perf_counter(), job.log.progress(f"warm-up: {what}")
         call(*arguments)
         job.clock.synchronize()
         seconds[what] = seconds.get(what, 0) + time.perf_counter() - began
@@ -1236,7 +1235,8 @@ def warm_up(job: Job) -> None:
             slots = [(row, np.arange(0, slot_tokens, r.max_seq_len)) for row in noise]
             micro = to_device(pack_batch(slots, size * job.max_docs), job.ranks.device)
             timed("training graph", job.passes.eager, micro, job.knobs(sched))
-            timed("recording", job.passes, micro, sched)
+            if job.passes.grads:
+                timed("recording", job.passes, micro, sched)
             timed("optimizer", job.optimizer.step, sched)
         first += stage.steps
     timed("evaluation graph", validate, job, at(r, 0), 1)

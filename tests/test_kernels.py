@@ -286,6 +286,44 @@ def test_fp8_saturates_and_keeps_dtypes():
         assert ends == [torch.finfo(dtype).max, torch.finfo(dtype).min]
 
 
+def relu2_inputs(n, d, f, dtype=torch.float32, device="cpu"):
+    """RMS-normalised x, weights as training makes them, an upstream gradient."""
+    torch.manual_seed(n)
+    x = torch.nn.functional.rms_norm(torch.randn(n, d), (d,))
+    tensors = x, *(torch.randn(f, d) * 0.03 for _ in range(2)), torch.randn(n, d)
+    *inputs, dy = (t.to(device, dtype) for t in tensors)
+    return tuple(inputs), dy
+
+
+def test_fp8_linear_relu2_rounds_forward_only():
+    inputs, dy = relu2_inputs(50, 64, 96)
+    y, *grads = with_grads(tk.fp8_linear_relu2, inputs, dy)
+    x, w1, w2 = (tk._e4m3(t, s).float() * s for t, s in zip(inputs, (1 / 16, 1 / 256, 1 / 256), strict=True))
+    post = torch.relu(x @ w1.T).square()
+    assert torch.allclose(y, tk._e4m3(post, 1.0).float() @ w2, atol=1e-6)
+    x, w1, w2 = inputs
+    dpre = (dy @ w2.T) * 2 * post.sqrt()
+    for got, want in zip(grads, (dpre @ w1, dpre.T @ x, post.T @ dy), strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def test_fp8_linear_relu2_error_is_that_of_the_format():
+    inputs, dy = relu2_inputs(48, 64, 320)
+    got = with_grads(tk.fp8_linear_relu2, inputs, dy)
+    want = with_grads(tk.linear_relu2_ref, doubled(inputs), dy)
+    for g, e in zip(got, want, strict=True):  # of the norm: each operand is rounded by 2^-4 at most
+        assert 2**-9 < relative_error(g, e) < 2**-4
+
+
+def test_fp8_linear_relu2_saturates_and_keeps_dtypes():
+    x, w1 = torch.full((2, 8), 100.0, dtype=torch.bfloat16), torch.full((16, 8), 5.0, dtype=torch.bfloat16)
+    y, *grads = with_grads(tk.fp8_linear_relu2, (x, w1, torch.full_like(w1, 1e4)))
+    assert torch.equal(y, torch.full_like(x, 16 * 448 * 1.75))  # x at 28, w1 and w2 at 1.75, post at 448
+    assert {t.dtype for t in (y, *grads)} == {torch.bfloat16}
+    assert all(torch.isfinite(t).all() for t in grads)
+    assert tk.fp8_linear_relu2(x * float("nan"), w1, w1).isnan().all()
+
+
 def test_fp8_head_loss_is_registered_properly():
     inputs, rest = head_loss_inputs([5, 3], 4, 6)
     leaves = tuple(t.requires_grad_() for t in inputs)
@@ -300,7 +338,112 @@ def test_fp8_available_says_why_not():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. attention
+# 4. prepare_qkv
+
+
+def qkv_inputs(
+    slots: list[int], heads: int = 4, dim: int = 32, has_ve: bool = True, dtype=torch.float64, device="cpu"
+):
+    """(tensors with gradients, tables and positions, dy) for slots of these lengths, side by side."""
+    rows, generator = sum(slots), torch.Generator().manual_seed(sum(slots))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    freqs = torch.logspace(0, -2, dim // 4)
+    angles = torch.outer(torch.arange(2 * max(slots)), freqs).to(device)
+    pos_N = torch.cat([torch.arange(n, dtype=torch.int32) for n in slots]).to(device)
+    differentiable = (draw(rows, 3, heads, dim), *((draw(rows, heads, dim), draw(rows, heads)) * has_ve))
+    return differentiable, (angles.cos().to(dtype), angles.sin().to(dtype), pos_N), draw(3, rows, heads, dim)
+
+
+def stacked_qkv(op, tables, is_paired: bool, has_offset: bool):
+    """One tensor (3, N, H, K) of (qkv[, ve, gate]), for with_grads."""
+
+    def call(qkv, ve=None, gate=None):
+        cos, sin, pos = tables
+        tables_too = cos.to(qkv.dtype), sin.to(qkv.dtype), pos
+        return torch.stack(op(qkv, *tables_too, ve, gate, is_paired, has_offset))
+
+    return call
+
+
+def qkv_of_slots(tables, B: int, T: int, eps, is_paired: bool, has_offset: bool):
+    """What the model computed before there was an op, on (B, T, ...) and with attention's own shapes."""
+
+    def rotate(x, cos, sin):
+        turning, still = x.chunk(2, dim=-1)
+        even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1)
+        return torch.cat((turned.flatten(-2), still), dim=-1)
+
+    def call(qkv, ve=None, gate=None):
+        _, _, H, K = qkv.shape
+        q, k, v = qkv.view(B, T, 3 * H, K).chunk(3, dim=2)
+        q, k = (torch.nn.functional.rms_norm(x, (K,), eps=eps) for x in (q, k))
+        if ve is not None:
+            v = v + (2 * torch.sigmoid(gate.view(B, T, H))).unsqueeze(-1) * ve.view(B, T, H, K)
+        if is_paired:
+            cos, sin = (table[: 2 * T].view(T, 1, 2, -1) for table in tables[:2])
+            q, k = (rotate(z.view(B, T, H // 2, 2, K), cos, sin).reshape(B, 2 * T, H // 2, K) for z in (q, k))
+        else:
+            cos, sin = (table[:T].unsqueeze(1) for table in tables[:2])
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if has_offset:
+            turning, still = k.chunk(2, dim=-1)
+            k = torch.cat((turning, torch.cat((still[:, :1], still[:, :-1]), dim=1)), dim=-1)
+        return torch.stack([x.reshape(B * T, H, K) for x in (q, k, v)])
+
+    return call
+
+
+FLAGS = [(False, False), (False, True), (True, False), (True, True)]
+each_qkv = pytest.mark.parametrize("has_ve", [True, False], ids=["ve", ""])
+each_flags = pytest.mark.parametrize("flags", FLAGS, ids=["plain", "offset", "paired", "paired offset"])
+
+
+@each_flags
+@each_qkv
+def test_qkv_ref_is_that_of_the_slots(flags, has_ve):
+    inputs, tables, dy = qkv_inputs([10] * 3, has_ve=has_ve)
+    got = with_grads(stacked_qkv(tk.prepare_qkv, tables, *flags), inputs, dy)
+    want = with_grads(qkv_of_slots(tables, 3, 10, tk.QKV_EPS, *flags), inputs, dy)
+    assert_close(got, want, want, tiny=1e-14)
+    assert all(x.is_contiguous() for x in tk.prepare_qkv(inputs[0], *tables, None, None, *flags))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_flags
+def test_qkv_ref_is_bitwise_that_of_the_slots(flags, dtype):
+    inputs, tables, _ = qkv_inputs([10] * 3, dtype=dtype)
+    want = qkv_of_slots(tables, 3, 10, None, *flags)(*inputs)
+    assert torch.equal(stacked_qkv(tk.prepare_qkv, tables, *flags)(*inputs), want)
+
+
+def stacked_with_tables(tables, qkv, ve=None, gate=None):
+    return torch.stack(tk.prepare_qkv(qkv, *tables, ve, gate, True, True))
+
+
+def check_compiled_qkv(backend: str) -> None:
+    """One graph, and one more for changing sizes, gives what eager gives."""
+    compiled = torch.compile(stacked_with_tables, fullgraph=True, backend=backend)
+    for has_ve in (True, False):
+        for rows, stance in ((7, "default"), (9, "default"), (13, "fail_on_recompile")):
+            inputs, tables, dy = qkv_inputs([16, rows], has_ve=has_ve, dtype=torch.float32)
+            inputs = tuple(x.requires_grad_() for x in inputs)
+            with torch.compiler.set_stance(stance):
+                y = compiled(tables, *inputs)
+            got = y.detach(), *torch.autograd.grad(y, inputs, dy)
+            want = with_grads(lambda *x, t=tables: stacked_with_tables(t, *x), inputs, dy)
+            assert all(torch.equal(g, e) for g, e in zip(got, want, strict=True))
+
+
+def test_qkv_compiles_for_any_number_of_rows():
+    check_compiled_qkv("aot_eager")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. attention
 
 
 def attention_by_loop(q_NHK, k_NHK, v_NHK, cu_seqlens, window: int, scale: float):
@@ -430,7 +573,7 @@ def test_flash_attention_2_takes_our_arguments():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. everything under torch.compile
+# 6. everything under torch.compile
 
 
 def tiny_model(x, w1, w2, head, q, k, v, targets, positions, weights, cu, window, scale, attend):
@@ -490,8 +633,24 @@ def test_opaque_attention_compiles(plumbed):
     check_compiled("aot_eager", attend)
 
 
+def check_any_number_of_rows(op, tolerance: float) -> None:
+    """One graph for every N, values and gradients as in eager mode."""
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, n in enumerate((40, 70, 200)):
+        inputs, dy = relu2_inputs(n, 32, 48)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            got = with_grads(compiled, inputs, dy)
+        for g, e in zip(got, with_grads(op, inputs, dy), strict=True):
+            assert relative_error(g, e) <= tolerance
+
+
+@pytest.mark.parametrize("op", [tk.linear_relu2, tk.fp8_linear_relu2])
+def test_linear_relu2_compiles_for_any_number_of_rows(op):
+    check_any_number_of_rows(op, 1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 6. kernels in Triton's interpreter (a child process), not in bfloat16: it truncates stores and breaks dots
+# 7. kernels in Triton's interpreter (a child process), not in bfloat16: it truncates stores and breaks dots
 
 
 @needs_triton
@@ -545,15 +704,71 @@ def test_interpreted_case_ba_plus_caa(n, dtype, forced_kernels):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(150, 72, 300), (1, 64, 256), (129, 130, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(150, 72, 304), (1, 64, 256), (257, 136, 72), (129, 130, 70)], ids=str)
 def test_interpreted_case_linear_relu2(shape, dtype, forced_kernels):
-    n, d, f = shape
+    n, d, f = shape  # the last has rows that TMA cannot read
+    assert tk._use_tma(torch.empty(n, d, dtype=dtype), torch.empty(f, d), dtype.itemsize) == (n != 129)
     inputs = tuple(torch.randn(s, d).mul(d**-0.25).to(dtype) for s in (n, f, f))
     dy = torch.randn(n, d).to(dtype)
     got = with_grads(tk.linear_relu2, inputs, dy)
     assert_close(
         got, with_grads(tk.linear_relu2_ref, inputs, dy), with_grads(tk.linear_relu2_ref, doubled(inputs), dy)
     )
+
+
+@interpreted
+def test_interpreted_case_linear_relu2_of_unaligned_views(forced_kernels):
+    (x, w1, w2), dy = relu2_inputs(40, 64, 96)
+    want = with_grads(tk.linear_relu2, (x, w1, w2), dy)
+    wide, shifted = torch.zeros(40, 67), torch.zeros(96 * 64 + 1)
+    wide[:, :64], shifted[1:] = x, w1.flatten()
+    views = wide[:, :64], shifted[1:].view(96, 64), w2.T.contiguous().T
+    for view, upstream in ((views, dy), ((x, w1, w2), dy.T.contiguous().T)):
+        for got, e in zip(with_grads(tk.linear_relu2, view, upstream), want, strict=True):
+            assert relative_error(got, e) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(150, 80, 304), (1, 64, 256), (257, 144, 80), (129, 136, 80)], ids=str)
+def test_interpreted_case_fp8_linear_relu2(shape, dtype, forced_kernels):
+    n, d, f = shape
+    inputs, dy = relu2_inputs(n, d, f, dtype)
+    got = with_grads(tk.fp8_linear_relu2, inputs, dy)
+    same, exact = (with_grads(tk.fp8_linear_relu2_ref, t, dy) for t in (inputs, doubled(inputs)))
+    assert relative_error(got[0], exact[0]) < 2**-3  # the interpreter truncates subnormals and drops carries
+    assert_close(got[1:], same[1:], exact[1:], tiny=1e-3 if dtype == torch.float16 else 1e-6)
+
+
+@interpreted
+def test_interpreted_case_fp8_linear_relu2_is_exact_on_representable_values(forced_kernels):
+    x = torch.nn.functional.one_hot(torch.arange(150) % 80, 80) * 2.0
+    w1, w2 = (torch.tensor([-0.5, 0.0, 0.25, 0.5, 0.75])[torch.randint(5, (304, 80))] for _ in range(2))
+    dy = torch.randint(-2, 3, (150, 80)).float()
+    got, want = (with_grads(op, (x, w1, w2), dy) for op in (tk.fp8_linear_relu2, tk.linear_relu2_ref))
+    for g, e in zip(got, want, strict=True):
+        assert torch.allclose(g, e, rtol=1e-6, atol=1e-6)
+
+
+@interpreted
+def test_interpreted_case_fp8_linear_relu2_saturates(forced_kernels):
+    x, w1 = torch.full((2, 16), 100.0), torch.full((16, 16), 5.0)
+    assert torch.equal(tk.fp8_linear_relu2(x, w1, w1), torch.full((2, 16), 16 * 448 * 1.75))
+
+
+@interpreted
+def test_interpreted_case_fp8_linear_relu2_is_registered_properly(forced_kernels):
+    checks = ("test_autograd_registration", "test_faketensor")  # test_schema lacks FP8 arithmetic
+    inputs, _ = relu2_inputs(10, 16, 32)
+    eights = tuple(tk._e4m3(t, 1 / 16) for t in (*inputs[:2], inputs[2].T.contiguous()))
+    leaves = tuple(t.requires_grad_() for t in inputs)
+    torch.library.opcheck(tk._fp8_linear_relu2, (*leaves, *eights), test_utils=checks)
+
+
+@interpreted
+@pytest.mark.parametrize("op", [tk.linear_relu2, tk.fp8_linear_relu2])
+def test_interpreted_case_linear_relu2_compiles_for_any_number_of_rows(op, forced_kernels):
+    check_any_number_of_rows(op, 1e-6)
 
 
 @interpreted
@@ -643,6 +858,45 @@ def test_interpreted_case_fp8_head_loss_in_chunks(chunk, forced_kernels, monkeyp
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@each_flags
+@each_qkv
+def test_interpreted_case_qkv(flags, has_ve, dtype, forced_kernels):
+    for slots, heads, dim in (([13, 1, 9, 2], 4, 32), ([1], 2, 8), ([40], 6, 128)):
+        inputs, tables, dy = qkv_inputs(slots, heads, dim, has_ve, dtype)
+        got = with_grads(stacked_qkv(tk.prepare_qkv, tables, *flags), inputs, dy)
+        ref = stacked_qkv(tk.prepare_qkv_ref, tables, *flags)
+        assert_close(got, with_grads(ref, inputs, dy), with_grads(ref, doubled(inputs), dy))
+
+
+@interpreted
+def test_interpreted_case_qkv_in_strange_layouts(forced_kernels):
+    inputs, tables, dy = qkv_inputs([5, 6], dtype=torch.float32)
+    strided = tuple(torch.stack((x, x), dim=-1)[..., 0] for x in inputs)
+    assert not strided[0].is_contiguous()
+    got = with_grads(stacked_qkv(tk.prepare_qkv, tables, True, False), strided, dy)
+    want = with_grads(stacked_qkv(tk.prepare_qkv, tables, True, False), inputs, dy)
+    assert all(torch.equal(g, e) for g, e in zip(got, want, strict=True))
+
+
+@interpreted
+@each_qkv
+def test_interpreted_case_qkv_op_is_registered_properly(has_ve, forced_kernels):
+    inputs, tables, dy = qkv_inputs([4, 3], has_ve=has_ve, dtype=torch.float32)
+    qkv, *rest = (x.requires_grad_() for x in inputs)
+    arguments = qkv, *tables, *(rest or (None, None)), True, True
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(tk._prepare_qkv, arguments, test_utils=(*checks, "test_aot_dispatch_dynamic"))
+    arguments = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    torch.library.opcheck(tk._prepare_qkv_backward, (*dy.unbind(0), *arguments), test_utils=checks)
+
+
+@interpreted
+def test_interpreted_case_qkv_inside_a_compiled_function(forced_kernels):
+    check_compiled_qkv("aot_eager")
+
+
+@interpreted
 def test_interpreted_case_ops_are_registered_properly(forced_kernels):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     x, w1, w2 = (torch.randn(s, 16, requires_grad=True) for s in (10, 20, 20))
@@ -682,7 +936,7 @@ def test_interpreted_case_kernels_inside_a_compiled_function(forced_kernels):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. kernels compiled for Hopper without a GPU: types, shared memory, tensor core instructions
+# 8. kernels compiled for Hopper without a GPU: types, shared memory, tensor core instructions
 
 COMPILE_FOR_HOPPER = '''
 import torch, triton, triton_kernels as tk
@@ -712,10 +966,22 @@ for k in (768, 3072, 70):
     tile = tk.XXT_TILES.get(k, tk.XXT_TILE_OTHER)
     build(tk._symmetric_kernel, symmetric, tile.launch(k) | {"ADDS_X": False}, True)
 build(tk._symmetric_kernel, symmetric, tk.BA_TILE.launch(768) | {"ADDS_X": True}, True)
-build(tk._relu2_forward_kernel, {"x_ptr": B, "w_ptr": B, "post_ptr": B},
-      tk.RELU2_FORWARD_TILE.launch(768), True)
-build(tk._relu2_backward_kernel, {"g_ptr": B, "w_ptr": B, "post_ptr": B, "dpre_ptr": B},
-      tk.RELU2_BACKWARD_TILE.launch(768), True)
+def blocks(kind, rows, cols):
+    return f"tensordesc<{kind}[{rows}, {cols}]>"
+
+for (tile, programs, parts), kind, is_backward in (
+    (tk.RELU2_FORWARD, "bf16", False), (tk.RELU2_BACKWARD, "bf16", True), (tk.RELU2_FP8, "fp8e4nv", False)
+):
+    m, n, k = tile[:3]
+    types = {"a_desc": blocks(kind, m, k), "w_desc": blocks(kind, n, k),
+             "post_desc": blocks("bf16", m, n // parts), "out_desc": blocks(kind, m, n // parts)}
+    build(tk._relu2_kernel, types,
+          tk._relu2_constants(tile, 132 * programs, parts, is_backward, kind == "fp8e4nv"), True)
+for kernel in (tk._prepare_qkv_kernel, tk._prepare_qkv_backward_kernel):
+    types = {name: B for name in kernel.arg_names if name.endswith("_ptr")} | {"pos_ptr": "*i32"}
+    for none in ({}, {"ve_ptr": None, "gate_ptr": None}):
+        for paired, offset in ((False, False), (True, False), (False, True), (True, True)):
+            build(kernel, types, tk._qkv_constants(6, 128, paired, offset) | none)
 loss = {"logits_ptr": B, "targets_ptr": "*i64", "positions_ptr": "*i32", "weights_ptr": S, "lse_ptr": S}
 for is_fast in (True, False):
     built = build(tk._ce_forward_kernel, loss | {"loss_ptr": S},
@@ -749,7 +1015,7 @@ def test_kernels_compile_for_hopper(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. on a GPU, at the trainer's shapes
+# 9. on a GPU, at the trainer's shapes
 
 
 def on_gpu(*shape: int, scale: float = 1.0, dtype=torch.bfloat16):
@@ -786,6 +1052,47 @@ def test_gpu_linear_relu2(shape):
     same, exact = (with_grads(tk.linear_relu2_ref, x, dy) for x in (inputs, doubled(inputs)))
     for _, op in each_way(tk.linear_relu2):
         assert_close(with_grads(op, inputs, dy), same, exact)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(16384, 768, 3072), (1000, 768, 3072)], ids=str)
+def test_gpu_fp8_linear_relu2(shape):
+    if not tk._use_tma(on_gpu(1, 768), on_gpu(3072, 768), 1):
+        pytest.skip("the kernel needs compute capability 9 or 10")
+    inputs, dy = relu2_inputs(*shape, torch.bfloat16, "cuda")
+    emulated = with_grads(tk.fp8_linear_relu2_ref, doubled(inputs), dy)
+    for _, op in each_way(tk.fp8_linear_relu2):
+        for got, want in zip(with_grads(op, inputs, dy), emulated, strict=True):
+            # use_fast_accum keeps about 14 bits of the sum: some of post's roundings differ; besides, bf16.
+            assert relative_error(got, want) < 1e-2
+
+
+@gpu
+@each_flags
+@each_qkv
+def test_gpu_qkv(flags, has_ve):
+    inputs, tables, dy = qkv_inputs([8192, 4096, 4095, 1], 6, 128, has_ve, torch.bfloat16, "cuda")
+    ref = stacked_qkv(tk.prepare_qkv_ref, tables, *flags)
+    same, exact = with_grads(ref, inputs, dy), with_grads(ref, doubled(inputs), dy)
+    for _, op in each_way(tk.prepare_qkv):
+        assert_close(with_grads(stacked_qkv(op, tables, *flags), inputs, dy), same, exact)
+
+
+@gpu
+def test_gpu_qkv_beyond_32_bit_offsets():
+    rows = 2**31 // (3 * 6 * 128) + 10  # the last rows of qkv lie beyond 2^31 elements
+    qkv = on_gpu(rows, 3, 6, 128)
+    pos = torch.arange(rows, device="cuda", dtype=torch.int32) % 4096
+    _, (cos, sin, _), _ = qkv_inputs([4096], 6, 128, False, torch.bfloat16, "cuda")
+    qkv.requires_grad_()
+    got = tk.prepare_qkv(qkv, cos, sin, pos, None, None, False, True)
+    torch.autograd.backward(got, tuple(torch.ones_like(x) for x in got))
+    tail = slice(-9, None)  # its first row lacks the one before
+    last = qkv.detach()[tail].double().requires_grad_()
+    want = tk.prepare_qkv_ref(last, cos.double(), sin.double(), pos[tail], None, None, False, True)
+    torch.autograd.backward(want, tuple(torch.ones_like(x) for x in want))
+    for g, e in zip((*got, qkv.grad), (*want, last.grad), strict=True):
+        assert max_error(g[tail][1:], e[1:]) < 0.05
 
 
 @gpu
