@@ -47,6 +47,8 @@ setup() {  # a virtual environment if none is active, and the pinned packages, o
     # Compiled kernels are kept between runs: the first start compiles, the next ones load.
     export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}"
     export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/.cache/triton}"
+    export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="${FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED:-1}"
+    export FLASH_ATTENTION_CUTE_DSL_CACHE_DIR="${FLASH_ATTENTION_CUTE_DSL_CACHE_DIR:-$PWD/.cache/flash_attention}"
 }
 
 finished() {  # ARM SEED: whether that run ended by itself
