@@ -35,12 +35,14 @@ class Stage(NamedTuple):
 STAGES = (  # the first timed is the one whose references are compiled
     #     rows   slot   windows      weights
     Stage(49152, 49152, (640, 1408), (1.0, 0.0, 0.0)),  # 3
-    Stage(65536, 16384, (128, 384), (1.0, 0.5, 0.25)),  # 1
-    Stage(65536, 32768, (384, 896), (1.0, 0.5, 0.0)),  # 2
+    Stage(32768, 16384, (128, 384), (1.0, 0.5, 0.25)),  # 1
+    Stage(32768, 32768, (384, 896), (1.0, 0.5, 0.0)),  # 2
 )
 D, HIDDEN, V = 768, 3072, 50304
 HEADS, HEAD_DIM, MAX_SEQ_LEN = 6, 128, 2048
 BANKS = ((24, 768, 3072), (40, 768, 768))
+TALL = ((24, 3072, 768),)  # as the MLP bank is stored: xxt takes its transposed view
+QKV_KINDS = (False, True, True), (True, False, False)  # paired, key offset, value embedding: most, least work
 FEW, FEW_SLOT = 512, 100  # rows at which errors are computed, and of a slot there
 FEW_WEIGHTS = 1.0, 0.5, 0.25  # there, whatever the stage's: every term of the loss is checked
 
@@ -99,11 +101,15 @@ def _max_error(got: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ..
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _with_grads(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The output and the gradients for an upstream gradient that differs from element to element."""
-    y = op(*inputs)
-    dy = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype)
-    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+def _outputs(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (y,) if isinstance(y, Tensor) else tuple(y)
+
+
+def _with_grads(op: Callable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs and the gradients for upstream gradients that differ from element to element."""
+    ys = _outputs(op(*inputs))
+    dys = [torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(y.dtype) for y in ys]
+    return *(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, dys)
 
 
 def _copies(inputs: tuple[Tensor, ...], *to: torch.dtype | str) -> tuple[Tensor, ...]:
@@ -114,27 +120,27 @@ def _copies(inputs: tuple[Tensor, ...], *to: torch.dtype | str) -> tuple[Tensor,
 # 3. cases
 
 
-def _with_backward(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Forward and backward with a constant upstream gradient, allocated at the first call."""
+def _with_backward(op: Callable, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Forward and backward with constant upstream gradients, allocated at the first call."""
     upstream: list[Tensor] = []
 
     def call() -> tuple[Tensor, ...]:
-        y = op(*inputs)
+        ys = _outputs(op(*inputs))
         if not upstream:
-            upstream.append(torch.ones_like(y))
-        return torch.autograd.grad(y, inputs, upstream[0])
+            upstream.extend(map(torch.ones_like, ys))
+        return torch.autograd.grad(ys, inputs, upstream)
 
     return call
 
 
-def _backward(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def _backward(op: Callable, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """Backward alone, of a forward that the first call runs."""
-    kept: list[Tensor] = []
+    kept: list[tuple[Tensor, ...]] = []
 
     def call() -> tuple[Tensor, ...]:
         if not kept:
-            y = op(*inputs)
-            kept.extend((y, torch.ones_like(y)))
+            ys = _outputs(op(*inputs))
+            kept.extend((ys, tuple(map(torch.ones_like, ys))))
         return torch.autograd.grad(kept[0], inputs, kept[1], retain_graph=True)
 
     return call
@@ -142,8 +148,8 @@ def _backward(op: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable
 
 def _training_cases(
     shape: str,
-    op: Callable[..., Tensor],
-    ref: Callable[..., Tensor],
+    op: Callable,
+    ref: Callable,
     inputs: tuple[Tensor, ...],  # all of them require gradients
     tera: tuple[float, float],  # of forward, of forward and backward
     unit: str,
@@ -168,11 +174,13 @@ def _training_cases(
 
 
 def _xxt_cases(m: int, n: int, k: int) -> list[Case]:
-    x = _randn(m, n, k, scale=k**-0.5)
+    """X X^T of (m, n, k); of a tall bank, n over k, X is its transposed view."""
+    stored, shape = _randn(m, n, k, scale=max(n, k) ** -0.5), f"{m}x{n}x{k}"
+    x, shape = (stored.mT, f"{shape} view") if n > k else (stored, shape)
     ref, library = _compiled(tk.xxt_ref), ("bmm", lambda: torch.bmm(x, x.mT))
     error = lambda: _max_error(tk.xxt(x), tk.xxt_ref(x.double()))  # noqa: E731
-    work = m * n * n * k * 1e-12  # of one triangle
-    return [Case("", f"{m}x{n}x{k}", lambda: tk.xxt(x), lambda: ref(x), library, work, "TFLOP", error, (x,))]
+    work = m * min(n, k) ** 2 * max(n, k) * 1e-12  # of one triangle
+    return [Case("", shape, lambda: tk.xxt(x), lambda: ref(x), library, work, "TFLOP", error, (x,))]
 
 
 def _ba_cases(m: int, n: int, _: int) -> list[Case]:
@@ -187,15 +195,20 @@ def _ba_cases(m: int, n: int, _: int) -> list[Case]:
     return [Case("", f"{m}x{n}x{n}", *calls, m * n**3 * 1e-12, "TFLOP", error, (a,))]
 
 
-def _relu2_cases(n: int) -> list[Case]:
+def _relu2_inputs(n: int) -> tuple[Tensor, ...]:
+    """x, as it comes out of a norm, and both weights."""
     weights = (_randn(HIDDEN, D, scale=0.03, grad=True) for _ in range(2))
-    inputs = x, w1, w2 = _randn(n, D, grad=True), *weights
-    few = x[:FEW].detach().requires_grad_(), w1, w2
-    work = 2e-12 * n * D * HIDDEN
+    return F.rms_norm(_randn(n, D), (D,)).requires_grad_(), *weights
 
-    def error() -> float:
-        exact = _with_grads(tk.linear_relu2_ref, _copies(few, torch.float64))
-        return _max_error(_with_grads(tk.linear_relu2, few), exact)
+
+def _relu2_error(op: Callable[..., Tensor], ref: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
+    few = inputs[0][:FEW].detach().requires_grad_(), *inputs[1:]
+    return _max_error(_with_grads(op, few), _with_grads(ref, _copies(few, torch.float64)))
+
+
+def _relu2_cases(n: int) -> list[Case]:
+    inputs = x, w1, w2 = _relu2_inputs(n)
+    work = 2e-12 * n * D * HIDDEN
 
     @torch.no_grad()
     def products() -> tuple[Tensor, Tensor]:
@@ -210,8 +223,29 @@ def _relu2_cases(n: int) -> list[Case]:
 
     return _training_cases(
         f"{n}x{D}x{HIDDEN}", tk.linear_relu2, _compiled(tk.linear_relu2_ref), inputs, (2 * work, 6 * work),
-        "TFLOP", error, ("matmul", products, all_products),
+        "TFLOP", lambda: _relu2_error(tk.linear_relu2, tk.linear_relu2_ref, inputs),
+        ("matmul", products, all_products),
     )  # fmt: skip
+
+
+def _fp8_relu2_cases(n: int) -> list[Case]:
+    """Forward alone: backward is that of linear_relu2. The op is compiled, as in training, so that one kernel
+    rounds an operand. The baseline is the reference in bf16: the `_ref` does every product twice.
+    """
+    inputs = x, w1, w2 = _relu2_inputs(n)
+    op, ref = _compiled(tk.fp8_linear_relu2), _compiled(tk.linear_relu2_ref)
+    x8_ND, w1_8_FD = tk._e4m3(x, tk.RELU2_X_SCALE), tk._e4m3(w1, tk.RELU2_W_SCALE)
+    w2_8_DF = tk._e4m3(w2.T, tk.RELU2_W_SCALE).contiguous()
+    post8_NF, one = _randn(n, HIDDEN).abs().to(tk.E4M3), torch.ones((), device=_device())
+
+    def product(a8: Tensor, b8_t: Tensor) -> Tensor:
+        return torch._scaled_mm(a8, b8_t.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    library = ("_scaled_mm", lambda: (product(x8_ND, w1_8_FD), product(post8_NF, w2_8_DF)))
+    error = functools.cache(lambda: _relu2_error(tk.fp8_linear_relu2, tk.fp8_linear_relu2_ref, inputs))
+    calls = lambda: op(*inputs), lambda: ref(*inputs), library
+    work = 4e-12 * n * D * HIDDEN
+    return [Case("forward", f"{n}x{D}x{HIDDEN}", *calls, work, "TFLOP", error, inputs)]
 
 
 def _loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]:
@@ -317,6 +351,40 @@ def _transpose_copy_cases() -> list[Case]:
     return [Case("", f"{V}x{D}", *calls, 4e-12 * D * V, "TB", error, (a,))]
 
 
+def _qkv_cases(n: int, slot_len: int, is_paired: bool, has_offset: bool, has_ve: bool) -> list[Case]:
+    """The library call is F.rms_norm of q and k alone, contiguous ones."""
+    angles = torch.rand(2 * slot_len, HEAD_DIM // 4, device=_device()) * 2 * math.pi
+    tables = angles.cos().bfloat16(), angles.sin().bfloat16()
+    shapes = (n, 3, HEADS, HEAD_DIM), *((n, HEADS, HEAD_DIM), (n, HEADS)) * has_ve
+    inputs = tuple(_randn(*shape, grad=True) for shape in shapes)
+    few = tuple(x[:FEW].detach().requires_grad_() for x in inputs)
+    q_and_k = tuple(x.detach().clone().requires_grad_() for x in inputs[0].unbind(1)[:2])
+
+    def bound(op: Callable, rows: int, length: int) -> Callable[..., tuple[Tensor, ...]]:
+        positions_N = torch.arange(rows, device=_device(), dtype=torch.int32) % length
+
+        def call(qkv: Tensor, ve: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, ...]:
+            return op(qkv, *(x.to(qkv.dtype) for x in tables), positions_N, ve, gate, is_paired, has_offset)
+
+        return call
+
+    def error() -> float:
+        exact = _with_grads(bound(tk.prepare_qkv_ref, len(few[0]), FEW_SLOT), _copies(few, torch.float64))
+        return _max_error(_with_grads(bound(tk.prepare_qkv, len(few[0]), FEW_SLOT), few), exact)
+
+    def norms(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(F.rms_norm(x, (HEAD_DIM,)) for x in tensors)
+
+    kind = zip(("paired", "offset", "ve"), (is_paired, has_offset, has_ve), strict=True)
+    shape = " ".join((str(n), *(name for name, is_there in kind if is_there)))
+    moved = 2e-12 * n * HEADS * HEAD_DIM  # of one of q, k and v
+    return _training_cases(
+        shape, bound(tk.prepare_qkv, n, slot_len), bound(_compiled(tk.prepare_qkv_ref), n, slot_len), inputs,
+        ((6 + has_ve) * moved, (14 + 3 * has_ve) * moved), "TB", error,
+        ("F.rms_norm q, k", lambda: norms(*q_and_k), _with_backward(norms, q_and_k)),
+    )  # fmt: skip
+
+
 def documents(tokens: int) -> Tensor:
     """cu_seqlens of log-normal documents of 700 tokens on average, padded at the end as the trainer pads."""
     generator = torch.Generator().manual_seed(tokens)
@@ -366,13 +434,15 @@ def _has_fp8() -> bool:
 
 
 FAMILIES = (
-    Family("xxt", _xxt_cases, lambda stage: list(BANKS)),
+    Family("xxt", _xxt_cases, lambda stage: [*BANKS, *TALL]),
     Family("ba_plus_caa", _ba_cases, lambda stage: list(BANKS)),
     Family("linear_relu2", _relu2_cases, lambda stage: [(stage.rows,)]),
+    Family("fp8_linear_relu2", _fp8_relu2_cases, lambda stage: [(stage.rows,)] * _has_fp8()),
     Family("softcapped_cross_entropy", _loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)]),
     Family("quantize", _quantize_cases, lambda stage: [(stage.rows,)]),
     Family("fp8_head_loss", _head_loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)] * _has_fp8()),
     Family("transpose_add", _transpose_add_cases, lambda stage: [()]),
     Family("transpose_copy", _transpose_copy_cases, lambda stage: [()]),
+    Family("prepare_qkv", _qkv_cases, lambda s: [(s.rows, s.slot_len, *kind) for kind in QKV_KINDS]),
     Family("attention", _attention_cases, lambda stage: [(stage.rows, window) for window in stage.windows]),
 )

@@ -25,7 +25,8 @@ COMMAND = ROOT / "benchmarks" / "kernels.py"
 KERNELS = ROOT / "triton_kernels.py"
 # Upper-case names of triton_kernels.py that no autotuning may touch.
 NOT_CONFIGS = {"SOFTCAP_A", "SOFTCAP_B", "SOFTCAP_C", "NUM_TARGETS", "E4M3", "E5M2", "ATTENTION_BACKENDS"}
-NOT_CONFIGS |= {"HEAD_X_SCALE", "HEAD_W_SCALE", "HEAD_GRAD_SCALE"}
+NOT_CONFIGS |= {"HEAD_X_SCALE", "HEAD_W_SCALE", "HEAD_GRAD_SCALE", "QKV_EPS"}
+NOT_CONFIGS |= {"RELU2_X_SCALE", "RELU2_W_SCALE", "RELU2_POST_SCALE"}
 
 
 def load():
@@ -54,6 +55,7 @@ def toy(monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(cases, name, value)
     monkeypatch.setattr(cases, "BANKS", ((2, 16, 24), (3, 16, 16)))
+    monkeypatch.setattr(cases, "TALL", ((2, 24, 16),))
     monkeypatch.setattr(cases, "_compiled", lambda ref: ref)
     monkeypatch.setattr(cases, "_device", lambda: "cpu")
     monkeypatch.setattr(bench, "time_us", host_us)
@@ -93,8 +95,32 @@ def test_rows_of_the_autotune_table_agree_with_what_is_frozen():
                 assert type(value) is type(getattr(tk, name)), f"{name}: {value!r}"
 
 
+def test_candidates_of_the_relu2_kernel_store_whole_vectors():
+    """A tile is stored whole or in two halves, as wide as the kernel can split them."""
+    rows = [row for row in bench.TUNED if row.names[0] in ("RELU2_FORWARD", "RELU2_BACKWARD", "RELU2_FP8")]
+    assert len(rows) == 3
+    for tile, programs, parts in (value for row in rows for (value,) in row.candidates):
+        assert isinstance(tile, tk.Tile)
+        assert programs >= 1
+        assert parts in (1, 2)
+
+
+def test_candidates_of_prepare_qkv_keep_16_bytes_a_thread():
+    (row,) = (row for row in bench.TUNED if row.op == "prepare_qkv")
+    for rows, warps in ((tk.QKV_ROWS, tk.QKV_WARPS), *row.candidates):
+        assert rows * cases.HEAD_DIM == 8 * 32 * warps
+
+
+def test_a_tall_bank_is_multiplied_as_a_view(toy, monkeypatch):
+    seen, xxt = [], tk.xxt
+    monkeypatch.setattr(tk, "xxt", lambda x: (seen.append((x.shape, x.stride())), xxt(x))[1])
+    (row,) = (row for row in bench.bench((toy,), "^xxt$", cache_bytes=1) if row.shape.endswith("view"))
+    assert seen[-1] == ((2, 16, 24), (16 * 24, 1, 16))
+    assert not row.problem
+
+
 def test_stages_are_those_of_the_recipe():
-    """65,536 rows of the first two stages, 49,152 of the third, in slots of their own lengths."""
+    """32,768 rows of the first two stages, 49,152 of the third, in slots of their own lengths."""
     import train_gpt
 
     recipe, sizes = train_gpt.RECIPES["short"], {}
@@ -142,9 +168,10 @@ def test_shapes_that_stages_share_are_timed_once_and_refs_at_the_first(toy):
     stages = toy, toy._replace(rows=64), toy._replace(rows=64, slot_len=32)
     rows = list(bench.bench(stages, "^(xxt|quantize)$", cache_bytes=1 << 40))
     assert [(row.kernel, row.shape) for row in rows] == [
-        ("xxt", "2x16x24"), ("xxt", "3x16x16"), ("quantize e5m2", "48x80"), ("quantize e5m2", "64x80"),
+        ("xxt", "2x16x24"), ("xxt", "3x16x16"), ("xxt", "2x24x16 view"),
+        ("quantize e5m2", "48x80"), ("quantize e5m2", "64x80"),
     ]  # fmt: skip
-    assert [row.vs_ref is not None for row in rows] == [True, True, True, False]
+    assert [row.vs_ref is not None for row in rows] == [True, True, True, True, False]
     assert all(row.vs_library for row in rows)
     assert all(row.is_cached for row in rows)
 
@@ -156,7 +183,7 @@ def failing(*_):
 def test_a_failing_kernel_is_one_row_and_a_failing_baseline_a_note(toy, monkeypatch):
     monkeypatch.setattr(tk, "xxt", failing)
     rows = list(bench.bench((toy,), "xxt|transpose_copy", cache_bytes=1))
-    assert [row.problem for row in rows] == ["RuntimeError: no such kernel"] * 2 + [""]
+    assert [row.problem for row in rows] == ["RuntimeError: no such kernel"] * 3 + [""]
     assert "FAILED: RuntimeError: no such kernel" in bench.format_row(rows[0])
     monkeypatch.setattr(cases, "_compiled", lambda ref: failing)
     (row,) = bench.bench((toy,), "transpose_copy", cache_bytes=1)
@@ -437,7 +464,7 @@ def test_main_prints_the_table_and_writes_json(toy, monkeypatch, tmp_path, capsy
     assert bench.main(["--only", "xxt|ba_plus", "--json", str(path)]) == int(is_broken)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["gpu: none", f"torch: {torch.__version__}", bench.HEADER]
-    assert lines[-1].startswith(f"4 rows, {2 * is_broken} failed, ")
+    assert lines[-1].startswith(f"5 rows, {3 * is_broken} failed, ")
     written = json.loads(path.read_text())
-    assert [row["kernel"] for row in written["rows"]] == ["xxt"] * 2 + ["ba_plus_caa"] * 2
-    assert [bool(row["problem"]) for row in written["rows"]] == [is_broken] * 2 + [False] * 2
+    assert [row["kernel"] for row in written["rows"]] == ["xxt"] * 3 + ["ba_plus_caa"] * 2
+    assert [bool(row["problem"]) for row in written["rows"]] == [is_broken] * 3 + [False] * 2

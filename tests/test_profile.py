@@ -30,11 +30,16 @@ KERNELS = {
     "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1": sp.PRODUCTS,
     "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>(T1::Params)": sp.PRODUCTS,
     "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>": sp.PRODUCTS,
-    "_relu2_forward_kernel": sp.PRODUCTS,
-    "_relu2_backward_kernel": sp.PRODUCTS,
+    "_relu2_kernel": sp.PRODUCTS,
+    "_symmetric_kernel": sp.PRODUCTS,
     "triton_tem_fused_mm_3": sp.PRODUCTS,
     "aten::mm": sp.PRODUCTS,
+    "splits::linear_relu2": sp.PRODUCTS,
     "splits::linear_relu2_backward": sp.PRODUCTS,
+    "splits::fp8_linear_relu2": sp.PRODUCTS,
+    "splits::fp8_head_loss": sp.PRODUCTS,
+    "splits::xxt": sp.PRODUCTS,
+    "splits::ba_plus_caa": sp.PRODUCTS,
     "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>": "attention",
     "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>": "attention",
     "kernel_cutlass_kernel_flash_attncuteflash_fwdFlashAttentionForwardSm90_object_at__0": "attention",
@@ -48,14 +53,17 @@ KERNELS = {
     "triton_poi_fused_add_mul_transpose_cross_entropy_7": sp.ELEMENTWISE,
     "triton_red_fused__to_copy_flash_attention_rms_norm_12": sp.ELEMENTWISE,
     "triton_per_fused_mean_pow_2": sp.ELEMENTWISE,
+    "_prepare_qkv_kernel": sp.ELEMENTWISE,
+    "_prepare_qkv_backward_kernel": sp.ELEMENTWISE,
+    "splits::prepare_qkv": sp.ELEMENTWISE,
+    "splits::prepare_qkv_backward": sp.ELEMENTWISE,
+    "splits::transpose_add": "FP8 quantise, transposes",
     "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": sp.ELEMENTWISE,
     "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": sp.ELEMENTWISE,
     "void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>": sp.ELEMENTWISE,
     "triton_poi_fused_embedding_dense_backward_0": sp.EMBEDDING,
     "void at::native::indexing_backward_kernel_stride_1<...>": sp.EMBEDDING,
     "void at::native::(anonymous namespace)::embedding_backward_feature_kernel<...>": sp.EMBEDDING,
-    "_xxt_kernel": sp.OPTIMIZER,
-    "_ba_plus_caa_kernel": sp.OPTIMIZER,
     "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": sp.COMMUNICATION,
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": sp.COMMUNICATION,
     "Memcpy HtoD (Pinned -> Device)": sp.COPIES,
@@ -77,13 +85,34 @@ def test_the_optimizer_owns_all_but_communication():
 
 
 def test_every_rule_has_a_row_and_every_row_a_rule():
-    assert {row for row, _ in sp.RULES} | {sp.OTHER, sp.GAPS} == set(sp.ROWS)
+    by_range = {sp.OPTIMIZER}
+    assert {row for row, _ in sp.RULES} | by_range | {sp.OTHER, sp.GAPS} == set(sp.ROWS)
     assert len(set(sp.ROWS)) == len(sp.ROWS)
 
 
 def triton_kernels_of_the_project() -> list[str]:
     source = (ROOT / "triton_kernels.py").read_text()
     return re.findall(r"^@jit\b[^\n]*\ndef (\w+)", source, re.M)
+
+
+def operators_of_the_project() -> list[str]:
+    source = (ROOT / "triton_kernels.py").read_text()
+    return re.findall(r"custom_op\(f?\"(splits::\w+)", source)
+
+
+@pytest.mark.parametrize("name", operators_of_the_project())
+def test_every_operator_of_the_project_has_a_row(name):
+    assert name.startswith("splits::")
+    assert sp.classify(name) != sp.OTHER
+
+
+def test_no_rule_names_a_kernel_that_is_gone():
+    known = [*triton_kernels_of_the_project(), *operators_of_the_project()]
+    rules = "|".join(pattern for _, pattern in sp.RULES)
+    for name in re.findall(r"\b_\w+_kernel\b", rules):
+        assert name in known, name
+    listed = [name for name in KERNELS if re.fullmatch(r"_\w+_kernel|splits::\w+", name)]
+    assert set(listed) <= set(known), set(listed) - set(known)
 
 
 @pytest.mark.parametrize("name", triton_kernels_of_the_project())
@@ -148,6 +177,59 @@ def test_a_gpu_trace_by_hand():
     assert [rows[name].calls for name in (sp.PRODUCTS, sp.COMMUNICATION, sp.GAPS)] == [1, 1, 0]
     assert rows[sp.PRODUCTS].roofline == pytest.approx(0.5)
     assert rows[sp.ENTROPY].roofline is None, "of a row that took no time"
+
+
+def replayed(number: int, launch: float, *kernels: tuple[str, float, float]) -> list[dict]:
+    """A recorded graph: one launch by the host, whose correlation all its kernels have."""
+    nodes = []
+    for i, (name, ts, dur) in enumerate(kernels):
+        args = {"correlation": number, "stream": 7, "graph node id": i}
+        cat = "gpu_memset" if name.startswith("Memset") else "kernel"
+        nodes.append({"ph": "X", "cat": cat, "name": name, "tid": 7, "ts": ts, "dur": dur, "args": args})
+    return [*nodes, host("cuda_runtime", "cudaGraphLaunch", launch, 3, correlation=number)]
+
+
+def graph_trace() -> list[dict]:
+    """Two steps of 100 us, each a copy, a graph and the optimizer; the window is 200 to 400 us.
+
+    The host is done with a step's optimizer before the device begins with its graph.
+    """
+    trace = [
+        host("user_annotation", "step 7", 0, 30),
+        host("user_annotation", "step 8", 30, 30),
+        host("user_annotation", "step 9", 60, 30),
+        *replayed(1, 10, ("nvjet_old", 120, 60)),
+        *kernel(2, "triton_poi_fused_old", 180, 20, 25),  # of the step before: the window begins at its end
+    ]
+    for k, step in enumerate((30, 60)):
+        begin, number = 200 + 100 * k, 10 * (k + 1)
+        trace += [
+            host("user_annotation", "optimizer", step + 15, 10),
+            *kernel(number, "Memcpy DtoD (Device -> Device)", begin, 5, step + 2, "gpu_memcpy"),
+            *replayed(
+                number + 1, step + 5, ("Memset (Device)", begin + 5, 5), ("nvjet_a", begin + 10, 30),
+                ("_prepare_qkv_kernel", begin + 40, 10), ("_relu2_kernel", begin + 50, 20),
+            ),
+            *kernel(number + 2, "_symmetric_kernel", begin + 70, 15, step + 17),
+            *kernel(number + 3, "triton_poi_fused_add_0", begin + 85, 10, step + 24),
+            *kernel(number + 5, "vectorized_elementwise_kernel", begin + 95, 5, step + 27),  # of the monitor
+        ]  # fmt: skip
+    return trace
+
+
+def test_a_trace_with_graphs_by_hand():
+    """A graph's kernels were launched with it: before the optimizer, whenever they run; each is counted."""
+    events, window = sp.analyse(graph_trace(), 8, is_gpu=True)
+    assert window == (200, 400)
+    rows = {row.name: row for row in sp.account(events, window, 2, {})}
+    us = {name: row.ms * 1e3 for name, row in rows.items() if row.ms}
+    assert us == pytest.approx({sp.COPIES: 10, sp.PRODUCTS: 50, sp.ELEMENTWISE: 15, sp.OPTIMIZER: 25})
+    calls = {name: row.calls for name, row in rows.items() if row.calls}
+    assert calls == {sp.COPIES: 2, sp.PRODUCTS: 2, sp.ELEMENTWISE: 2, sp.OPTIMIZER: 2}
+    kernels = {k.name: k for k in sp.kernels_by_cost(events, window, 2)}
+    assert kernels["_symmetric_kernel"].row == sp.OPTIMIZER
+    assert kernels["nvjet_a"] == sp.Kernel("nvjet_a", sp.PRODUCTS, pytest.approx(0.03), 1)
+    assert "nvjet_old" not in kernels
 
 
 def test_the_report_hides_nothing():
@@ -263,15 +345,19 @@ def test_least_times():
         bank = {"momentum": torch.empty(40, 768, 768), "low": torch.empty(40, 768, 768, dtype=torch.int16)}
     optimizer = SimpleNamespace(params=params, state={**moments, "attn_bank": bank}, is_tied=True)
     tables = SimpleNamespace(
-        PARAMS=[row for row in tg.PARAMS if row.name in params],
-        POLAR_COEFFICIENTS=tg.POLAR_COEFFICIENTS,
-        flops_per_token=tg.flops_per_token,
+        PARAMS=[row for row in tg.PARAMS if row.name in params], POLAR_COEFFICIENTS=tg.POLAR_COEFFICIENTS
     )
     job = SimpleNamespace(cfg=cfg, ranks=SimpleNamespace(world_size=2), optimizer=optimizer)
     least = sp.least_times(job, tables, 2_000_000, sp.Ceiling(1e12, 2e12, 1e12))
     # 10 layers with attention, 11 MLPs; the head at twice the rate.
     per_token = 6 * (10 * 4 * 768**2 + 11 * 2 * 768 * 3072 + 768 * 50304 / 2)
     assert least[sp.PRODUCTS] == pytest.approx(1e6 * per_token / 1e9)
+    # Of the MLPs only forward, a third of the FLOPs, is in FP8.
+    job.cfg = dataclasses.replace(cfg, fp8=("head", "mlp"))
+    per_token -= 2 * 11 * 2 * 768 * 3072 / 2
+    with_mlp = sp.least_times(job, tables, 2_000_000, sp.Ceiling(1e12, 2e12, 1e12))
+    assert with_mlp[sp.PRODUCTS] == pytest.approx(1e6 * per_token / 1e9)
+    assert with_mlp[sp.ENTROPY] == least[sp.ENTROPY]
     assert least[sp.ENTROPY] == pytest.approx(1e6 * 50304 * 5 / 1e9)
     matrices, head = 40 * 768**2, 768 * 50304
     moved = matrices * (8 + 4 + 6) + head * (16 + 6) / 2 + head * 10 / 2
@@ -351,6 +437,42 @@ def test_a_run_on_a_cpu(monkeypatch, corpus_dir, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.count("| where") == text.count("| where") == 3
     assert shown.count("that cost most") == 3
+
+
+def test_every_profiled_stage_is_recorded_in_the_warm_up(monkeypatch, nano, corpus_dir, tmp_path):
+    """On a GPU a stage's first call records its graph; here something that counts calls stands in for it."""
+    calls, warm_up = [], tg.warm_up
+
+    class Recording(tg.Passes):
+        def __init__(self, job):
+            super().__init__(job)
+            self.grads = ["as on a GPU"]
+
+        def __call__(self, micro, sched):
+            calls.append(sched)
+            return self.eager(micro, self.job.knobs(sched))
+
+    def warmed(job):
+        warm_up(job)
+        assert {sched.stage for sched in calls} == set(range(len(nano.stages)))
+        calls.clear()
+
+    monkeypatch.setattr(tg, "Passes", Recording)
+    monkeypatch.setattr(tg, "warm_up", warmed)
+    argv = [
+        "train_gpt.py",
+        "--recipe",
+        "nano",
+        "--data",
+        corpus_dir,
+        "--out",
+        tmp_path / "run.txt",
+        "--profile",
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    assert tg.main() == 0
+    steps = [step for _, first, even in sp.plans(nano) for step in range(first, even + 2)]
+    assert list(dict.fromkeys(sched.step for sched in calls)) == steps
 
 
 @pytest.mark.slow
