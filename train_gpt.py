@@ -1199,7 +1199,7 @@ class Passes:
         if sched.stage not in self.graphs:
             *batch, mtp_K = inputs = [x.clone() for x in (*micro, knobs.mtp_K)]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # NCCL has a thread too
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # NCCL has a thread
                 loss = self.eager(batch, knobs._replace(mtp_K=mtp_K))
             self.graphs[sched.stage], self.pool = (graph, inputs, loss), graph.pool()
         graph, inputs, loss = self.graphs[sched.stage]
