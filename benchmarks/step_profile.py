@@ -6,11 +6,11 @@
 The job, its data and its warm-up are those of training: on a GPU the warm-up records every stage's graph, and
 all steps here replay it. Each stage runs some steps unprofiled, and one even and one odd step (Adam moves on
 odd ones) under torch.profiler, right behind a step that keeps the queue full: the window begins when the last
-kernel of the step before ends, and ends with the last of the odd step. Every instant of the window is given to
-one row, so the rows sum to the step. Where kernels of several streams run, compute goes before communication,
-and that before copies: communication's `ms` is what is exposed. A collective runs while it waits for the
-slowest rank, so its time is not all traffic. `launches` counts each kernel of a graph, though the host launches
-them at once.
+kernel of the step before ends, and ends with the last of the odd step. Every instant of the window is given
+to one row, so the rows sum to the step. Where kernels of several streams run, compute goes before
+communication, and that before copies: communication's `ms` is what is exposed. A collective runs while it
+waits for the slowest rank, so its time is not all traffic. `launches` counts each kernel of a graph, though
+the host launches them at once.
 
 On a CPU the events are operators, each for the time it spends outside of those that it calls; read shares,
 not times. Inside one of the project's own operators all counts as that.

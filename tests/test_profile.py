@@ -459,17 +459,8 @@ def test_every_profiled_stage_is_recorded_in_the_warm_up(monkeypatch, nano, corp
 
     monkeypatch.setattr(tg, "Passes", Recording)
     monkeypatch.setattr(tg, "warm_up", warmed)
-    argv = [
-        "train_gpt.py",
-        "--recipe",
-        "nano",
-        "--data",
-        corpus_dir,
-        "--out",
-        tmp_path / "run.txt",
-        "--profile",
-    ]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    argv = ["--recipe", "nano", "--data", corpus_dir, "--out", tmp_path / "run.txt", "--profile"]
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, argv)])
     assert tg.main() == 0
     steps = [step for _, first, even in sp.plans(nano) for step in range(first, even + 2)]
     assert list(dict.fromkeys(sched.step for sched in calls)) == steps
