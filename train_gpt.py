@@ -53,7 +53,7 @@ import triton_kernels as kernels
 GATE_DIM = 12  # gates read this many channels of their input
 BANK_MULTIPLE = 8  # matrices of a bank are padded to a multiple of this, so that 8 ranks share them evenly
 VOCAB_MULTIPLE = 128  # padded vocabulary rows take part in the softmax and are never masked
-ADAM_WIDTH = 1024
+ADAM_WIDTH, STEPS_AHEAD = 1024, 4
 GRAD_SCALE = 1 / 8  # the optimizer sees (sum of token losses of the global batch) / 8 at any world size
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 PROJECT = Path(__file__).resolve().parent
@@ -105,7 +105,7 @@ class Recipe:
     val_windows: tuple[int, int]  # (short, long) of the final validation
     val_every: int  # steps
     target: float  # validation loss the track asks for
-    fp8: tuple[str, ...]  # which products of training run in FP8 where the GPU can: "head", "mlp"
+    fp8: tuple[str, ...]  # which products of training run in FP8 where the GPU can: "head", "mlp", "qkv"
     cpu_compile: bool = True  # whether torch.compile pays where there is no GPU
     tokenizer: str | None = None  # the recipe's target means something only for this tokenizer
     cooldown: float = 0.5  # fraction of the scheduled steps over which the learning rate falls
@@ -177,7 +177,7 @@ SHORT = Recipe(
     stages=gpt_stages(575, 40), momentum=((0, 0.85), (300, 0.95), (1715, 0.95), (1765, 0.85)),
     slots=8, micro_tokens=48 * 1024, max_seq_len=2048,
     val_tokens=10 * 1024 * 1024, val_slot=256 * 1024, val_windows=(768, 2560), val_every=250,
-    target=3.28, fp8=("head", "mlp"), tokenizer="gpt2",
+    target=3.28, fp8=("head", "mlp", "qkv"), tokenizer="gpt2",
 )
 SPRINT = replace(
     SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322, tokenizer=None,
@@ -515,7 +515,7 @@ class Documents:
     @classmethod
     def index(cls, path: Path, corpus: Corpus, max_seq_len: int, head: int | None = None) -> "Documents":
         """Scan a shard for BOS tokens; with `head`, only its first tokens, leaving out the cut document."""
-        tokens = map_shard(path)
+        tokens = np.asarray(map_shard(path))  # slices of a plain array are made faster
         part = np.asarray(tokens[:head])
         check_tokens(part, corpus, path)
         edges = np.flatnonzero(part == corpus.bos_id)
@@ -544,7 +544,7 @@ class Batch(NamedTuple):
     """One micro-batch on the device: slots one after another."""
 
     tokens_N: Tensor  # int32
-    targets_N: Tensor  # int64; the next token of the packed slot, over document ends
+    targets_N: Tensor  # int32; the next token of the packed slot, over document ends
     positions_N: Tensor  # int32, in the slot
     cu_seqlens: Tensor  # int32 [documents + 1], where documents begin in the N rows, padded at its end with N
 
@@ -558,7 +558,7 @@ def pack_batch(slots: Sequence[tuple[np.ndarray, np.ndarray]], max_docs: int) ->
     assert len(begins) <= max_docs, f"{len(begins)} documents in a batch planned for {max_docs}"
     cu[: len(begins)] = begins
     positions = np.tile(np.arange(slot_tokens, dtype=np.int32), len(slots))
-    return packed[:, :-1].reshape(-1), packed[:, 1:].reshape(-1).astype(np.int64), positions, cu
+    return packed[:, :-1].reshape(-1), packed[:, 1:].reshape(-1), positions, cu
 
 
 def to_device(packed: tuple[np.ndarray, ...], device: torch.device) -> Batch:
@@ -597,7 +597,7 @@ def check_train_data(recipe: Recipe, slots: int, corpus: Corpus) -> int:
 
 
 def batches(cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first: int) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each step from `first` on; packed in a thread, a step ahead."""
+    """This rank's micro-batches of each step from `first` on; packed in a thread, STEPS_AHEAD."""
     recipe, per_rank = cfg.recipe, cfg.slots // ranks.world_size
     stages = [stage for stage in recipe.stages for _ in range(stage.steps)]
     mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
@@ -612,9 +612,9 @@ def batches(cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first: int
 
     stream = pack()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = pool.submit(next, stream, None)
-        while packed := ahead.result():
-            ahead = pool.submit(next, stream, None)
+        ahead = deque(pool.submit(next, stream, None) for _ in range(STEPS_AHEAD))
+        while packed := ahead.popleft().result():
+            ahead.append(pool.submit(next, stream, None))
             yield [to_device(micro, ranks.device) for micro in packed]
 
 
@@ -774,7 +774,8 @@ class GPT(nn.Module):
         """Attention of one layer: x is normalised; `w` holds the layer's weights and gates."""
         r, (positions_N, cu_seqlens, max_seq_len) = self.cfg.recipe, where
         H, K, paired = r.num_heads, r.head_dim, layer.attn == "paired"
-        qkv = F.linear(x_ND, w["qkv"]).view(-1, 3, H, K)
+        linear = kernels.fp8_linear if self.training and "qkv" in self.cfg.fp8 else F.linear
+        qkv = linear(x_ND, w["qkv"]).view(-1, 3, H, K)
         gated = None, None
         if layer.value_embed is not None:
             gated = w["ve"].view(-1, H, K), F.linear(x_ND[:, :GATE_DIM], w["ve_gate"])
@@ -1088,8 +1089,9 @@ class NorMuonAndAdam:
         return full
 
     def state_dict(self) -> dict:
-        """Whole tensors, whatever the world size. Every rank must call it."""
-        tensors = {name: {k: x.clone() for k, x in self._full_state(name).items()} for name in self.state}
+        """Whole tensors on the CPU, whatever the world size. Every rank must call it."""
+        whole = {name: self._full_state(name) for name in self.state}
+        tensors = {name: {k: x.to("cpu", copy=True) for k, x in s.items()} for name, s in whole.items()}
         return {"is_tied": self.is_tied, "updates": dict(self.updates), "tensors": tensors}
 
     def load_state_dict(self, saved: dict) -> None:
@@ -1210,9 +1212,10 @@ class Passes:
 
 
 def warm_up(job: Job) -> None:
-    """Compile, record: run every kind of step on random tokens, which cannot teach; restore all bitwise."""
-    cfg, r, gen = job.cfg, job.cfg.recipe, np.random.default_rng(0)
-    model, optimizer = {k: v.clone() for k, v in job.model.state_dict().items()}, job.optimizer.state_dict()
+    """Compile, record: every kind of pass and step on random tokens, which cannot teach; restore bitwise."""
+    cfg, r, gen, model = job.cfg, job.cfg.recipe, np.random.default_rng(0), job.model.state_dict()
+    # Copies on the host: on the device they would stand at the peak of memory.
+    model, optimizer = {k: v.to("cpu", copy=True) for k, v in model.items()}, job.optimizer.state_dict()
     per_rank, first, seconds = cfg.slots // job.ranks.world_size, 0, {}
     grads = [p.grad for p in job.model.parameters()]
     job.model.zero_grad(set_to_none=True)
@@ -1224,21 +1227,18 @@ def warm_up(job: Job) -> None:
         seconds[what] = seconds.get(what, 0) + time.perf_counter() - began
 
     for stage in r.stages:
-        even, odd = (replace(at(r, first), is_adam_step=is_odd) for is_odd in (False, True))
-        slot_tokens, unties = (
-            stage.batch_tokens // cfg.slots,
-            [replace(odd, step=r.split_step)] if first else [],
-        )
-        for sched in (even, odd, *unties):
-            size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
-            noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
-            slots = [(row, np.arange(0, slot_tokens, r.max_seq_len)) for row in noise]
-            micro = to_device(pack_batch(slots, size * job.max_docs), job.ranks.device)
-            timed("training graph", job.passes.eager, micro, job.knobs(sched))
-            if job.passes.grads:
-                timed("recording", job.passes, micro, sched)
-            timed("optimizer", job.optimizer.step, sched)
+        slot_tokens, sched = stage.batch_tokens // cfg.slots, at(r, first)
+        size = slots_per_pass(per_rank, slot_tokens, r.micro_tokens)
+        noise = gen.integers(0, cfg.vocab_size, (size, slot_tokens + 1), dtype=np.uint16)
+        slots = [(row, np.arange(0, slot_tokens, r.max_seq_len)) for row in noise]
+        micro = to_device(pack_batch(slots, size * job.max_docs), job.ranks.device)
+        timed("training graph", job.passes.eager, micro, job.knobs(sched))
+        if job.passes.grads:
+            timed("recording", job.passes, micro, sched)
         first += stage.steps
+    for is_adam_step, step in ((False, 0), (True, 0), (True, r.split_step)):  # the last unties
+        job.passes(micro, sched)
+        timed("optimizer", job.optimizer.step, replace(sched, step=step, is_adam_step=is_adam_step))
     timed("evaluation graph", validate, job, at(r, 0), 1)
     job.log.say("warm-up: " + ", ".join(f"{what} {s:.1f} s" for what, s in seconds.items()))
     torch.cuda.empty_cache()  # passes that are recorded have memory of their own

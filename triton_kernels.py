@@ -316,16 +316,14 @@ def _on_device(scale: float, device: torch.device) -> Tensor:
     return torch.full((), scale, dtype=torch.float32, device=device)
 
 
-def _matmul_fp8(
-    a8: Tensor, b8_t: Tensor, scale_a: float, scale_b: float, out: Tensor, is_fast: bool
-) -> Tensor:
-    """out = a8 @ b8_t.T times both scales; both operands row-major. Emulated in float32 on a CPU."""
+def _matmul_fp8(a8: Tensor, b8_t: Tensor, a_by: float, b_by: float, out: Tensor, is_fast: bool) -> Tensor:
+    """out = a8 @ b8_t.T times both scales `by`; both operands row-major. Emulated in float32 on a CPU."""
     if not a8.is_cuda:
-        return out.copy_((a8.float() @ b8_t.float().T) * (scale_a * scale_b))
+        return out.copy_((a8.float() @ b8_t.float().T) * (a_by * b_by))
     is_available, reason = fp8_available(a8.device)
     if not is_available:
-        raise ValueError(f"FP8 head: {reason}; use the bf16 head")
-    scales = (_on_device(scale, a8.device) for scale in (scale_a, scale_b))
+        raise ValueError(f"FP8 product: {reason}; leave it to bf16")
+    scales = (_on_device(scale, a8.device) for scale in (a_by, b_by))
     return torch._scaled_mm(a8, b8_t.T, *scales, out_dtype=out.dtype, use_fast_accum=is_fast, out=out)
 
 
@@ -349,10 +347,11 @@ RELU2_BACKWARD = Tile(128, 128, 64, 5, 4), 2, 1  # in two waves, since one fills
 # FP8 forward (records 84 and 89, pull requests 306 and 342) moves 493 MB, 115 us: post is written twice. The
 # kernel takes 301 us; stored in one part, with 4 stages, 371 us.
 RELU2_FP8 = Tile(128, 256, 64, 6, 8), 1, 2
-# Static scales, powers of two: e4m3 is normal from 2^-6 to 448, subnormal from 2^-9; values beyond saturate.
-RELU2_X_SCALE = 1 / 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
-RELU2_W_SCALE = 1 / 256  # both weights, to 1.75: entries of 0.03 become 8
-RELU2_POST_SCALE = 1.0  # to 448: |pre| <= 21
+# Static factors, powers of two: e4m3 is normal from 2^-6 to 448, subnormal from 2^-9; values beyond saturate.
+# Whole numbers: a module's float read under torch.compile becomes a symbol, and the graph is traced twice.
+E4M3_X_FACTOR = 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
+E4M3_W_FACTOR = 256  # to 1.75: weights of 0.03 become 8
+E4M3_POST_FACTOR = 1  # to 448: |pre| <= 21
 
 
 def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -360,10 +359,10 @@ def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
     return F.relu(x_ND @ w1_FD.T).square() @ w2_FD
 
 
-def _e4m3(x: Tensor, scale: float) -> Tensor:
-    """x / scale in e4m3, saturated, without a gradient. Compiled, part of the kernel that computes x."""
+def _e4m3(x: Tensor, factor: int) -> Tensor:
+    """x times the factor in e4m3, saturated, no gradient. Compiled, part of the kernel that makes x."""
     limit = torch.finfo(E4M3).max
-    return (x.detach().float() * (1.0 / scale)).clamp(-limit, limit).to(E4M3)
+    return (x.detach().float() * factor).clamp(-limit, limit).to(E4M3)
 
 
 def _valued(exact: Tensor, value: Tensor) -> Tensor:
@@ -375,13 +374,13 @@ def fp8_linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
     """The rounding emulated in at least float32, two products for each: for tests and small machines."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
 
-    def rounded(x: Tensor, scale: float) -> Tensor:
-        return _e4m3(x, scale).to(wide) * scale
+    def rounded(x: Tensor, factor: int) -> Tensor:
+        return _e4m3(x, factor).to(wide) / factor
 
     x, w1, w2 = (t.to(wide) for t in (x_ND, w1_FD, w2_FD))
-    pre_NF = _valued(x @ w1.T, rounded(x, RELU2_X_SCALE) @ rounded(w1, RELU2_W_SCALE).T)
+    pre_NF = _valued(x @ w1.T, rounded(x, E4M3_X_FACTOR) @ rounded(w1, E4M3_W_FACTOR).T)
     post_NF = F.relu(pre_NF).square()
-    y_ND = _valued(post_NF @ w2, rounded(post_NF, RELU2_POST_SCALE) @ rounded(w2, RELU2_W_SCALE))
+    y_ND = _valued(post_NF @ w2, rounded(post_NF, E4M3_POST_FACTOR) @ rounded(w2, E4M3_W_FACTOR))
     return y_ND.to(x_ND.dtype)
 
 
@@ -470,7 +469,7 @@ def _aligned(x: Tensor) -> Tensor:
 def _relu2_constants(
     tile: Tile, programs: int, parts: int, is_backward: bool, is_fp8: bool
 ) -> dict[str, float | int]:
-    fp8 = {"SCALE": RELU2_X_SCALE * RELU2_W_SCALE, "INV_OUT_SCALE": 1.0 / RELU2_POST_SCALE}
+    fp8 = {"SCALE": 1.0 / (E4M3_X_FACTOR * E4M3_W_FACTOR), "INV_OUT_SCALE": float(E4M3_POST_FACTOR)}
     kind = {"IS_BACKWARD": is_backward, "IS_FP8": is_fp8, "OUT_LIMIT": torch.finfo(E4M3).max, **fp8}
     blocks = {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "PROGRAMS": programs}
     return {**kind, **blocks, "PARTS": parts, "num_stages": tile.stages, "num_warps": tile.warps}
@@ -509,7 +508,8 @@ def _fp8_linear_relu2(
     post8_NF = torch.empty_like(post_NF, dtype=E4M3)
     _launch_relu2(RELU2_FP8, x8_ND, w1_8_FD, post_NF, post8_NF)
     y_ND = x_ND.new_empty(x_ND.shape[0], w2_8_DF.shape[0])
-    return _matmul_fp8(post8_NF, w2_8_DF, RELU2_POST_SCALE, RELU2_W_SCALE, y_ND, is_fast=True), post_NF
+    scales = 1 / E4M3_POST_FACTOR, 1 / E4M3_W_FACTOR
+    return _matmul_fp8(post8_NF, w2_8_DF, *scales, y_ND, is_fast=True), post_NF
 
 
 @torch.library.custom_op("splits::linear_relu2_backward", mutates_args=())
@@ -563,13 +563,52 @@ def fp8_linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
     """
     if not _use_tma(x_ND, w1_FD, E4M3.itemsize):
         return fp8_linear_relu2_ref(x_ND, w1_FD, w2_FD)
-    x8_ND, w1_8_FD = _e4m3(x_ND, RELU2_X_SCALE), _e4m3(w1_FD, RELU2_W_SCALE)
-    w2_8_DF = _e4m3(w2_FD.T, RELU2_W_SCALE).contiguous()
+    x8_ND, w1_8_FD = _e4m3(x_ND, E4M3_X_FACTOR), _e4m3(w1_FD, E4M3_W_FACTOR)
+    w2_8_DF = _e4m3(w2_FD.T, E4M3_W_FACTOR).contiguous()
     return _fp8_linear_relu2(x_ND, w1_FD, w2_FD, x8_ND, w1_8_FD, w2_8_DF)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. softcapped_cross_entropy: several next tokens a row, no float32 copy of the logits
+# 6. fp8_linear: x W^T with an FP8 forward
+
+# At N = 49,152, D = 768, C = 2304: 174 GFLOP, 220 us, half in FP8. Source: pull requests 322 and 344.
+
+
+def fp8_linear_ref(x_ND: Tensor, w_CD: Tensor) -> Tensor:
+    """The rounding emulated, with the gradient of the exact product."""
+    x, w = (_e4m3(t, f).to(t.dtype) / f for t, f in ((x_ND, E4M3_X_FACTOR), (w_CD, E4M3_W_FACTOR)))
+    return _valued(x_ND @ w_CD.T, x @ w.T)
+
+
+@torch.library.custom_op("splits::fp8_linear", mutates_args=())
+def _fp8_linear(x_ND: Tensor, w_CD: Tensor, x8_ND: Tensor, w8_CD: Tensor) -> Tensor:
+    """The first two are for backward, the others are multiplied."""
+    y_NC = x_ND.new_empty(x_ND.shape[0], w_CD.shape[0])
+    return _matmul_fp8(x8_ND, w8_CD, 1 / E4M3_X_FACTOR, 1 / E4M3_W_FACTOR, y_NC, is_fast=True)
+
+
+@_fp8_linear.register_fake
+def _(x_ND, w_CD, *_):
+    return x_ND.new_empty(x_ND.shape[0], w_CD.shape[0])
+
+
+def _fp8_linear_autograd(ctx, g_NC):
+    x_ND, w_CD = ctx.saved_tensors
+    return g_NC @ w_CD, g_NC.T @ x_ND, None, None
+
+
+_fp8_linear.register_autograd(
+    _fp8_linear_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+)
+
+
+def fp8_linear(x_ND: Tensor, w_CD: Tensor) -> Tensor:
+    """F.linear of a normalised x, both rounded to e4m3 in forward, as above; C and D multiples of 16."""
+    return _fp8_linear(x_ND, w_CD, _e4m3(x_ND, E4M3_X_FACTOR), _e4m3(w_CD, E4M3_W_FACTOR))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. softcapped_cross_entropy: several next tokens a row, no float32 copy of the logits
 
 # Traffic at N = 49,152, V = 50,304, bf16: forward reads 4.9 GB, 1.15 ms; backward reads and writes, 2.3 ms
 # (1.7 ms with a gradient in 8 bits). Special-function operations bound them where each element costs three
@@ -578,6 +617,9 @@ def fp8_linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
 # the capped logit, is below that of rounding the logit to bf16. Evaluation takes the exact sigmoid.
 CE_FORWARD_BLOCK, CE_FORWARD_WARPS = 2048, 4
 CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS = 1024, 4  # record 75, pull request 235
+# Loss and gradient in one kernel read the row twice, the second time from the L2 cache if the rows at work,
+# 100 KB each, fit there: two of 1,024 threads a processor are 27 MB.
+CE_FUSED_BLOCK, CE_FUSED_WARPS = 8192, 32
 
 SOFTCAP_A = 23.0  # capped logit z = A * sigmoid((l + B) / C), in (0, A)
 SOFTCAP_B = 5.0
@@ -625,13 +667,57 @@ def _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, K: tl.conste
 
 
 @jit
+def _ce_gradient(
+    logit, scale, shift, weight, target_weight,
+    A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, IS_FAST: tl.constexpr,
+):  # fmt: skip
+    """scale (1 - t^2) (weight p - target_weight), p = exp(z - lse) = 2^(t A/2 log2(e) + shift)."""
+    t = _half_tanh(logit, B, INV_C, IS_FAST)
+    return (scale - scale * t * t) * (weight * tl.exp2(t * (0.5 * A * LOG2_E) + shift) - target_weight)
+
+
+@jit
+def _ce_gradient_row(
+    logits_ptr, dlogits_ptr, num_cols, lse, factor, t0, w0, t1, w1, t2, w2,
+    A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
+    IS_FAST: tl.constexpr,
+):  # fmt: skip
+    """dl_j = factor A/4C (1 - t_j^2) (p_j sum_k w_k - sum_k w_k [j == target_k]), p the softmax of z.
+
+    The targets' columns are written twice, the second time with their term: comparing every column with every
+    target took a third of the time.
+    """
+    scale, shift, weight = factor * (0.25 * A * INV_C), (0.5 * A - lse) * LOG2_E, w0 + w1 + w2
+    dtype = dlogits_ptr.dtype.element_ty
+    cols = tl.arange(0, BLOCK)
+    whole = num_cols // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        logit = tl.load(logits_ptr + start + cols)
+        g = _ce_gradient(logit, scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST)
+        tl.store(dlogits_ptr + start + cols, g.to(dtype))
+    inside = cols < num_cols - whole
+    logit = tl.load(logits_ptr + whole + cols, mask=inside, other=0.0)
+    g = _ce_gradient(logit, scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST)
+    tl.store(dlogits_ptr + whole + cols, g.to(dtype), mask=inside)
+    # One column may be the target of several terms, so each write of it has the weights of all.
+    at = tl.arange(0, 4)
+    target = tl.where(at == 1, t1, tl.where(at == 2, t2, t0))
+    of_target = tl.where(target == t0, w0, 0.0) + tl.where(target == t1, w1, 0.0)
+    of_target += tl.where(target == t2, w2, 0.0)
+    logit = tl.load(logits_ptr + target)
+    g = _ce_gradient(logit, scale, shift, weight, of_target, A, B, INV_C, LOG2_E, IS_FAST)
+    tl.debug_barrier()  # the first write comes from other threads
+    tl.store(dlogits_ptr + target, g.to(dtype))
+
+
+@jit
 def _ce_forward_kernel(
     logits_ptr,  # (rows, V) from `first_row` on, last stride 1
     targets_ptr, positions_ptr, weights_ptr,
     loss_ptr, lse_ptr,  # (N,) float32
-    first_row,
-    num_rows,  # N
-    num_cols, stride,
+    dlogits_ptr,  # (rows, V) contiguous, of the summed loss times `factor`; or None
+    factor,
+    first_row, num_rows, num_cols, stride,
     A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
     IS_FAST: tl.constexpr,
 ):  # fmt: skip
@@ -656,73 +742,39 @@ def _ce_forward_kernel(
     loss += w2 * (lse - 0.5 * A * (1.0 + _half_tanh(tl.load(logits_ptr + t2), B, INV_C, IS_FAST)))
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
-
-
-@jit
-def _ce_gradient(
-    logit, scale, shift, weight, target_weight,
-    A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, IS_FAST: tl.constexpr,
-):  # fmt: skip
-    """scale (1 - t^2) (weight p - target_weight), p = exp(z - lse) = 2^(t A/2 log2(e) + shift)."""
-    t = _half_tanh(logit, B, INV_C, IS_FAST)
-    return (scale - scale * t * t) * (weight * tl.exp2(t * (0.5 * A * LOG2_E) + shift) - target_weight)
+    if dlogits_ptr is not None:
+        dlogits_ptr += tl.program_id(0).to(tl.int64) * num_cols
+        _ce_gradient_row(
+            logits_ptr, dlogits_ptr, num_cols, lse, factor, t0, w0, t1, w1, t2, w2, A, B, INV_C, LOG2_E,
+            BLOCK, IS_FAST,
+        )  # fmt: skip
 
 
 @jit
 def _ce_backward_kernel(
-    grad_ptr,  # (N,) float32, of the losses; not read if not HAS_GRAD
-    lse_ptr,
-    logits_ptr,  # (rows, V) from `first_row` on, last stride 1
+    grad_ptr, lse_ptr,  # (N,) float32, the first of the losses
+    logits_ptr,  # (N, V), last stride 1
     targets_ptr, positions_ptr, weights_ptr,
-    dlogits_ptr,  # (rows, V) contiguous
-    first_row, num_rows, num_cols, stride,
-    factor,  # of the gradient
-    HAS_GRAD: tl.constexpr, A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr,
-    BLOCK: tl.constexpr, IS_FAST: tl.constexpr,
+    dlogits_ptr,  # (N, V) contiguous
+    num_rows, num_cols, stride,
+    A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
+    IS_FAST: tl.constexpr,
 ):  # fmt: skip
-    """dl_j = g A/4C (1 - t_j^2) (p_j sum_k w_k - sum_k w_k [j == target_k]), p the softmax of z.
-
-    The targets' columns are written twice, the second time with their term: comparing every column with every
-    target took a third of the time.
-    """
-    row = first_row + tl.program_id(0)
-    wide_row = tl.program_id(0).to(tl.int64)
-    logits_ptr += wide_row * stride
-    dlogits_ptr += wide_row * num_cols
-    shift = (0.5 * A - tl.load(lse_ptr + row)) * LOG2_E
-    scale = factor * (0.25 * A * INV_C)
-    if HAS_GRAD:
-        scale *= tl.load(grad_ptr + row)
+    row = tl.program_id(0)
     t0, w0 = _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, 0)
     t1, w1 = _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, 1)
     t2, w2 = _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, 2)
-    weight = w0 + w1 + w2
-    dtype = dlogits_ptr.dtype.element_ty
-    cols = tl.arange(0, BLOCK)
-    whole = num_cols // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        g = _ce_gradient(
-            tl.load(logits_ptr + start + cols), scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST
-        )
-        tl.store(dlogits_ptr + start + cols, g.to(dtype))
-    inside = cols < num_cols - whole
-    logit = tl.load(logits_ptr + whole + cols, mask=inside, other=0.0)
-    g = _ce_gradient(logit, scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST)
-    tl.store(dlogits_ptr + whole + cols, g.to(dtype), mask=inside)
-    # One column may be the target of several terms, so each write of it has the weights of all.
-    at = tl.arange(0, 4)
-    target = tl.where(at == 1, t1, tl.where(at == 2, t2, t0))
-    of_target = tl.where(target == t0, w0, 0.0) + tl.where(target == t1, w1, 0.0)
-    of_target += tl.where(target == t2, w2, 0.0)
-    g = _ce_gradient(
-        tl.load(logits_ptr + target), scale, shift, weight, of_target, A, B, INV_C, LOG2_E, IS_FAST
-    )
-    tl.debug_barrier()  # the first write comes from other threads
-    tl.store(dlogits_ptr + target, g.to(dtype))
+    logits_ptr += row.to(tl.int64) * stride
+    dlogits_ptr += row.to(tl.int64) * num_cols
+    lse, factor = tl.load(lse_ptr + row), tl.load(grad_ptr + row)
+    _ce_gradient_row(
+        logits_ptr, dlogits_ptr, num_cols, lse, factor, t0, w0, t1, w1, t2, w2, A, B, INV_C, LOG2_E, BLOCK,
+        IS_FAST,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. softcapped_cross_entropy: launchers and op
+# 8. softcapped_cross_entropy: launchers and op
 
 
 def _ce_constants(block: int, warps: int, is_fast: bool) -> dict[str, float | int]:
@@ -731,24 +783,16 @@ def _ce_constants(block: int, warps: int, is_fast: bool) -> dict[str, float | in
     return {**numbers, "BLOCK": block, "num_warps": warps, "IS_FAST": is_fast and not _FORCE_KERNELS}
 
 
-def _launch_ce_forward(logits_CV: Tensor, rows: tuple[Tensor, ...], first: int, is_fast: bool) -> None:
-    """Write losses and log-sum-exps of the rows from `first` on.
-
-    `rows` holds targets, positions, weights, losses and log-sum-exps of all rows.
-    """
-    (c, v), stride = logits_CV.shape, logits_CV.stride(0)
-    constants = _ce_constants(CE_FORWARD_BLOCK, CE_FORWARD_WARPS, is_fast)
-    _ce_forward_kernel[(c,)](logits_CV, *rows, first, len(rows[0]), v, stride, **constants)
-
-
 @torch.library.custom_op("splits::softcapped_cross_entropy", mutates_args=())
 def _ce(
     logits_NV: Tensor, targets_N: Tensor, positions_N: Tensor, weights_K: Tensor, is_fast: bool
 ) -> tuple[Tensor, Tensor]:
     logits_NV = _rows_contiguous(logits_NV)
     loss_N, lse_N = (targets_N.new_empty(len(targets_N), dtype=torch.float32) for _ in range(2))
-    rows = targets_N.contiguous(), positions_N.contiguous(), weights_K, loss_N, lse_N
-    _launch_ce_forward(logits_NV, rows, 0, is_fast)
+    (n, v), stride = logits_NV.shape, logits_NV.stride(0)
+    constants = _ce_constants(CE_FORWARD_BLOCK, CE_FORWARD_WARPS, is_fast)
+    tensors = logits_NV, targets_N.contiguous(), positions_N.contiguous(), weights_K, loss_N, lse_N, None
+    _ce_forward_kernel[(n,)](*tensors, 1.0, 0, n, v, stride, **constants)
     return loss_N, lse_N
 
 
@@ -768,9 +812,7 @@ def _ce_backward(
     dlogits_NV = logits_NV.new_empty(n, v)
     constants = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS, is_fast)
     tensors = grad_N.contiguous(), lse_N, logits_NV, targets_N.contiguous(), positions_N.contiguous()
-    _ce_backward_kernel[(n,)](
-        *tensors, weights_K, dlogits_NV, 0, n, v, stride, 1.0, HAS_GRAD=True, **constants
-    )
+    _ce_backward_kernel[(n,)](*tensors, weights_K, dlogits_NV, n, v, stride, **constants)
     return dlogits_NV
 
 
@@ -817,7 +859,7 @@ def softcapped_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. transpose_add, transpose_copy: between the head (D, V) and the embedding (V, D)
+# 9. transpose_add, transpose_copy: between the head (D, V) and the embedding (V, D)
 
 # Traffic at D = 768, V = 50,304, bf16: add reads 155 MB and writes 77 MB, 54 us; copy 155 MB, 36 us. Both
 # sides of a tile are whole 128-byte lines. Eager kernels hold every SM for longer and starve NCCL (pull
@@ -891,13 +933,14 @@ def transpose_copy(dst_VD: Tensor, src_DV: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. fp8_head_loss: the head in 8 bits and its loss, with their gradients, a chunk of rows at a time
+# 10. fp8_head_loss: the head in 8 bits and its loss, with their gradients, a chunk of rows at a time
 
-# Work at N = 49,152, D = 768, V = 50,304: 3 products of 3.8 TFLOP, 2.4 ms each at twice the bf16 rate, 4.8 ms
-# at the bf16 rate. Traffic besides: logits written and read twice, 15 GB; the e5m2 gradient written, and read
-# and written transposed, because an FP8 product takes both operands along the inner dimension only, 7.4 GB;
-# together 5.2 ms. The gradient is made in forward (pull request 251), so that a chunk's logits are all that
-# is ever kept of them, and rounded once, from float32 to e5m2 (pull request 207).
+# Work at N = 49,152, D = 768, V = 50,304: 3 products of 3.8 TFLOP, 2.4 ms each at twice the bf16 rate.
+# Traffic besides: logits written and read twice, 15 GB, or once if the second reading comes from the cache;
+# the e5m2 gradient written, and read and written transposed, because an FP8 product takes both operands
+# along the inner dimension only, 7.4 GB; together 5.2 or 4.0 ms. The gradient is made in forward (pull
+# request 251), so that a chunk's logits are all that is kept of them, and rounded once, from float32 to
+# e5m2 (pull request 207).
 HEAD_CHUNK = 16384  # rows; fewer take less memory, and fill the GPU less well in the product for dx
 # Largest values kept: |x| 100 (a normalised row has at most sqrt(768)), |w| 1.6, gradient of the loss 96.
 HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448
@@ -937,8 +980,8 @@ def _fp8_head_loss(
     x8_ND, x8_DN = _quantize(x_ND, HEAD_X_SCALE, E4M3)
     w8_DV, w8_VD = _quantize(w_DV, HEAD_W_SCALE, E4M3)
     loss_N, lse_N = (x_ND.new_empty(n, dtype=torch.float32) for _ in range(2))
-    rows = targets_N.contiguous(), positions_N.contiguous(), weights_K
-    constants = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS, is_fast=True)
+    rows = targets_N.contiguous(), positions_N.contiguous(), weights_K, loss_N, lse_N
+    constants = _ce_constants(CE_FUSED_BLOCK, CE_FUSED_WARPS, is_fast=True)
     chunk = min(n, HEAD_CHUNK)
     logits_CV, g8_CV = x_ND.new_empty(chunk, v), x_ND.new_empty(chunk, v, dtype=E5M2)
     g8_VN = x_ND.new_empty(v, n, dtype=E5M2)
@@ -947,21 +990,7 @@ def _fp8_head_loss(
         c, part = min(chunk, n - first), slice(first, first + chunk)
         logits, g8 = logits_CV[:c], g8_CV[:c]
         _matmul_fp8(x8_ND[part], w8_VD, HEAD_X_SCALE, HEAD_W_SCALE, logits, is_fast=True)
-        _launch_ce_forward(logits, (*rows, loss_N, lse_N), first, is_fast=True)
-        _ce_backward_kernel[(c,)](
-            loss_N,
-            lse_N,
-            logits,
-            *rows,
-            g8,
-            first,
-            n,
-            v,
-            v,
-            1.0 / HEAD_GRAD_SCALE,
-            HAS_GRAD=False,
-            **constants,
-        )
+        _ce_forward_kernel[(c,)](logits, *rows, g8, 1.0 / HEAD_GRAD_SCALE, first, n, v, v, **constants)
         _launch_transpose(g8_VN.view(torch.int8)[:, part], g8.view(torch.int8))
         _matmul_fp8(g8, w8_DV, HEAD_GRAD_SCALE, HEAD_W_SCALE, dx_ND[part], is_fast=False)
     _matmul_fp8(x8_DN, g8_VN, HEAD_X_SCALE, HEAD_GRAD_SCALE, dw_DV, is_fast=False)
@@ -1001,7 +1030,7 @@ def fp8_head_loss(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. prepare_qkv: from the qkv product to what attention reads, in one pass
+# 11. prepare_qkv: from the qkv product to what attention reads, in one pass
 
 # Traffic: q, k or v of N = 49,152 tokens, 6 heads of 128, bf16: 75.5 MB. Forward reads three of these and
 # writes three: 453 MB, 105 us; a value embedding adds one: 528 MB, 123 us. Backward reads the three gradients
@@ -1027,8 +1056,8 @@ def prepare_qkv_ref(
         turned = even * cos_NHK + odd * sin_NHK, odd * cos_NHK - even * sin_NHK
         return torch.stack(turned, dim=-1).flatten(-2)
 
-    q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
-    q_NHK, k_NHK = (rotate(F.rms_norm(x_NHK, (dim,), eps=QKV_EPS)) for x_NHK in (q_NHK, k_NHK))
+    (q_NHK, k_NHK, v_NHK), eps = qkv_N3HK.unbind(1), torch.finfo(torch.float32).eps  # QKV_EPS, a constant
+    q_NHK, k_NHK = (rotate(F.rms_norm(z_NHK, (dim,), eps=eps)) for z_NHK in (q_NHK, k_NHK))
     if has_offset:
         begins_N = pos_N == 0
         if is_paired:  # a token is two rows of half the heads; only the first can begin a slot
@@ -1159,7 +1188,7 @@ def _prepare_qkv_backward_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. prepare_qkv: launchers and op
+# 12. prepare_qkv: launchers and op
 
 
 def _qkv_constants(heads: int, dim: int, is_paired: bool, has_offset: bool) -> dict[str, float | int]:
@@ -1251,7 +1280,7 @@ def prepare_qkv(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. attention: causal, inside documents, at most `window` positions back
+# 13. attention: causal, inside documents, at most `window` positions back
 
 
 def _with_previous(x_CQ: Tensor, fill: float) -> Tensor:
@@ -1300,7 +1329,7 @@ def attention_ref(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 13. attention on GPUs: FlashAttention-4 and -2 as opaque ops
+# 14. attention on GPUs: FlashAttention-4 and -2 as opaque ops
 
 # Traffic: q, k, v, y of (N, 6, 128) bf16 are 1.5 KB a token each. At 49,152 tokens: 302 MB forward, 70 us;
 # backward reads q, k, v, y, dy and writes dq, dk, dv: 604 MB, 140 us. Work forward: 4 * 6 * 128 FLOP for each
@@ -1401,7 +1430,7 @@ _attention_fa4 = _register_attention("fa4", _fa4_forward, _fa4_backward)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. attention: the choice of a backend
+# 15. attention: the choice of a backend
 
 ATTENTION_BACKENDS = ("fa4", "varlen", "reference")  # in the order of preference
 

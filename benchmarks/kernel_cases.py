@@ -234,8 +234,8 @@ def _fp8_relu2_cases(n: int) -> list[Case]:
     """
     inputs = x, w1, w2 = _relu2_inputs(n)
     op, ref = _compiled(tk.fp8_linear_relu2), _compiled(tk.linear_relu2_ref)
-    x8_ND, w1_8_FD = tk._e4m3(x, tk.RELU2_X_SCALE), tk._e4m3(w1, tk.RELU2_W_SCALE)
-    w2_8_DF = tk._e4m3(w2.T, tk.RELU2_W_SCALE).contiguous()
+    x8_ND, w1_8_FD = tk._e4m3(x, tk.E4M3_X_FACTOR), tk._e4m3(w1, tk.E4M3_W_FACTOR)
+    w2_8_DF = tk._e4m3(w2.T, tk.E4M3_W_FACTOR).contiguous()
     post8_NF, one = _randn(n, HIDDEN).abs().to(tk.E4M3), torch.ones((), device=_device())
 
     def product(a8: Tensor, b8_t: Tensor) -> Tensor:

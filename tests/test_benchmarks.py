@@ -26,7 +26,7 @@ KERNELS = ROOT / "triton_kernels.py"
 # Upper-case names of triton_kernels.py that no autotuning may touch.
 NOT_CONFIGS = {"SOFTCAP_A", "SOFTCAP_B", "SOFTCAP_C", "NUM_TARGETS", "E4M3", "E5M2", "ATTENTION_BACKENDS"}
 NOT_CONFIGS |= {"HEAD_X_SCALE", "HEAD_W_SCALE", "HEAD_GRAD_SCALE", "QKV_EPS"}
-NOT_CONFIGS |= {"RELU2_X_SCALE", "RELU2_W_SCALE", "RELU2_POST_SCALE"}
+NOT_CONFIGS |= {"E4M3_X_FACTOR", "E4M3_W_FACTOR", "E4M3_POST_FACTOR"}
 
 
 def load():

@@ -298,9 +298,9 @@ def relu2_inputs(n, d, f, dtype=torch.float32, device="cpu"):
 def test_fp8_linear_relu2_rounds_forward_only():
     inputs, dy = relu2_inputs(50, 64, 96)
     y, *grads = with_grads(tk.fp8_linear_relu2, inputs, dy)
-    x, w1, w2 = (tk._e4m3(t, s).float() * s for t, s in zip(inputs, (1 / 16, 1 / 256, 1 / 256), strict=True))
+    x, w1, w2 = (tk._e4m3(t, f).float() / f for t, f in zip(inputs, (16, 256, 256), strict=True))
     post = torch.relu(x @ w1.T).square()
-    assert torch.allclose(y, tk._e4m3(post, 1.0).float() @ w2, atol=1e-6)
+    assert torch.allclose(y, tk._e4m3(post, 1).float() @ w2, atol=1e-6)
     x, w1, w2 = inputs
     dpre = (dy @ w2.T) * 2 * post.sqrt()
     for got, want in zip(grads, (dpre @ w1, dpre.T @ x, post.T @ dy), strict=True):
@@ -760,7 +760,7 @@ def test_interpreted_case_fp8_linear_relu2_saturates(forced_kernels):
 def test_interpreted_case_fp8_linear_relu2_is_registered_properly(forced_kernels):
     checks = ("test_autograd_registration", "test_faketensor")  # test_schema lacks FP8 arithmetic
     inputs, _ = relu2_inputs(10, 16, 32)
-    eights = tuple(tk._e4m3(t, 1 / 16) for t in (*inputs[:2], inputs[2].T.contiguous()))
+    eights = tuple(tk._e4m3(t, 16) for t in (*inputs[:2], inputs[2].T.contiguous()))
     leaves = tuple(t.requires_grad_() for t in inputs)
     torch.library.opcheck(tk._fp8_linear_relu2, (*leaves, *eights), test_utils=checks)
 
@@ -1155,8 +1155,9 @@ def test_gpu_fp8_products():
         for is_fast in (True, False):
             got = tk._matmul_fp8(a, b, *scales, x.new_empty(len(a), len(b)), is_fast)
             want = tk._matmul_fp8(a.cpu(), b.cpu(), *scales, torch.empty(len(a), len(b)), is_fast)
-            # use_fast_accum keeps about 14 bits of the sum: 1e-3 of the norm, besides bf16 rounding.
-            assert relative_error(got, want.cuda()) < 5e-3
+            # use_fast_accum keeps about 14 bits of the sum: 5.6e-3 measured over 50,304 terms, bf16 rounding
+            # included; the trainer uses it over 768.
+            assert relative_error(got, want.cuda()) < (1e-2 if is_fast else 5e-3)
 
 
 @gpu
