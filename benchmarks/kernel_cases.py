@@ -248,6 +248,25 @@ def _fp8_relu2_cases(n: int) -> list[Case]:
     return [Case("forward", f"{n}x{D}x{HIDDEN}", *calls, work, "TFLOP", error, inputs)]
 
 
+def _fp8_linear_cases(n: int) -> list[Case]:
+    """Forward alone, compiled, as for fp8_linear_relu2: backward is two bf16 products."""
+    inputs = x, w = _randn(n, D, grad=True), _randn(3 * D, D, scale=0.03, grad=True)
+    op, ref = _compiled(tk.fp8_linear), _compiled(torch.nn.functional.linear)
+    x8_ND, w8_CD = tk._e4m3(x, tk.E4M3_X_FACTOR), tk._e4m3(w, tk.E4M3_W_FACTOR)
+    one, few = torch.ones((), device=_device()), (x[:FEW].detach().requires_grad_(), w)
+
+    def product() -> Tensor:
+        return torch._scaled_mm(x8_ND, w8_CD.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def error() -> float:
+        return _max_error(
+            _with_grads(tk.fp8_linear, few), _with_grads(tk.fp8_linear_ref, _copies(few, torch.float32))
+        )
+
+    calls = lambda: op(*inputs), lambda: ref(*inputs), ("_scaled_mm", product)
+    return [Case("forward", f"{n}x{D}x{3 * D}", *calls, 6e-12 * n * D * D, "TFLOP", error, inputs)]
+
+
 def _loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]:
     logits, targets = _randn(n, V, scale=4.0, grad=True), _targets(n, slot_len, weights)
     parts = logits.detach().split(4096)  # the softcap is float32
@@ -438,6 +457,7 @@ FAMILIES = (
     Family("ba_plus_caa", _ba_cases, lambda stage: list(BANKS)),
     Family("linear_relu2", _relu2_cases, lambda stage: [(stage.rows,)]),
     Family("fp8_linear_relu2", _fp8_relu2_cases, lambda stage: [(stage.rows,)] * _has_fp8()),
+    Family("fp8_linear", _fp8_linear_cases, lambda stage: [(stage.rows,)] * _has_fp8()),
     Family("softcapped_cross_entropy", _loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)]),
     Family("quantize", _quantize_cases, lambda stage: [(stage.rows,)]),
     Family("fp8_head_loss", _head_loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)] * _has_fp8()),

@@ -39,7 +39,10 @@ ELEMENTWISE, EMBEDDING = "elementwise, reductions", "embeddings"
 # The first rule that is found in the name of a kernel or CPU operator names its row.
 RULES = (
     (COMMUNICATION, r"nccl|^c10d::|gloo|param_comms"),
-    (COPIES, r"^Mem(cpy|set)|FillFunctor|^aten::(copy_|_to_copy|to|clone|contiguous|fill_|zero_)$"),
+    (
+        COPIES,
+        r"^(Mem(cpy|set)|memcpy\d)|FillFunctor|^aten::(copy_|_to_copy|to|clone|contiguous|fill_|zero_)$",
+    ),
     # Inductor's names list what a kernel fuses: with a gather or scatter in it, it is counted as that.
     (EMBEDDING, r"embedding|index_(put|add|select)|indexing_backward|scatter|gather|RadixSort|^aten::index"),
     (ELEMENTWISE, r"^triton_(poi|red|per|for)_"),
@@ -47,7 +50,10 @@ RULES = (
     (ENTROPY, r"_ce_(forward|backward)|cross_entropy|nll_loss|log_?softmax|logsumexp"),
     ("FP8 quantise, transposes", r"_quantize|_transpose_|^splits::transpose"),
     # The FP8 head makes its loss as well, but on a CPU its operator cannot be told apart.
-    (PRODUCTS, r"_relu2_kernel|_symmetric_kernel|^splits::(\w*linear_relu2|xxt|ba_plus_caa|fp8_head_loss)"),
+    (
+        PRODUCTS,
+        r"_relu2_kernel|_symmetric_kernel|^splits::(fp8_linear|\w*linear_relu2|xxt|ba_plus_caa|fp8_head_loss)",
+    ),
     (PRODUCTS, r"(?i)gemm|gemv|nvjet|cutlass|xmma|cublas|splitK|^triton_(tem|mm)"),
     (PRODUCTS, r"^aten::(mm|bmm|addmm|baddbmm|dot|mv|_scaled_mm)$"),
     (ELEMENTWISE, r"elementwise|reduce_kernel|CatArray|softmax|norm|prepare_qkv|cub::|^aten::|^detach"),
