@@ -88,7 +88,7 @@ def our_sources(lines: list[bytes], log: str) -> list[Source]:
     found, i = [], 0
     while i < len(lines) and (match := OUR_SOURCE.fullmatch(lines[i])):
         name, declared, end = match[1].decode("utf-8", "replace"), match[2].decode(), i + 1 + int(match[3])
-        if end > len(lines):
+        if end >= len(lines):  # at least the rule follows, so not even a last newline may be missing
             lacks = f"{len(lines) - i - 1} of the {end - i - 1} lines"
             raise InputError(f"{log}: cut in the source of {printable(name)} ({lacks}); use a whole log")
         text = b"\n".join(lines[i + 1 : end])
@@ -261,7 +261,9 @@ def run_line(run: Run, fields: dict[str, str], trainer: str) -> str:
 def versions_of(run: Run) -> list[str]:
     """Versions that the header states, one a line."""
     head = run.head
-    torch = head.get("torch") and head["torch"] + (f" for CUDA {head['cuda']}" if "cuda" in head else "")
+    torch = head.get("torch") and head["torch"] + (
+        f" for CUDA {head['cuda']}" if head.get("cuda", "None") != "None" else ""
+    )
     found = {"Python": head.get("python"), "PyTorch": torch, "Triton": head.get("triton")}
     found["NVIDIA driver"] = head.get("driver")
     return [f"{key} {value}" for key, value in found.items() if value] or ["not in the log"]
@@ -305,7 +307,7 @@ def hints(run: Run, fields: dict[str, str]) -> list[str]:
     if run.kind == "contest":
         found = ["in this folder, with the contest's data and tokenizer where the script looks for them"]
         return [*found, "its settings may come from environment variables, which are not in the script"]
-    return ["in this folder, with the shards where the script looks for them (its name is not in the log)"]
+    return ["in this folder, with the shards where the script looks; the script's own name is not in the log"]
 
 
 def write_folder(folder: str, files: dict[str, bytes]) -> None:
@@ -481,11 +483,16 @@ def log_of(arg: str) -> str:
         return arg
     kinds: dict[tuple, str] = {}
     for path in files:
-        kinds.setdefault(tuple((s.name, s.sha256) for s in load_sources(path)[1]), path)
+        data = read_log(path)
+        if parse_log(data, path, path)[0].status != "not a log":  # a README.txt beside the logs
+            found = sources_of(data, printable(path))
+            kinds.setdefault(tuple((s.name, s.sha256) for s in found), path)
+    if not kinds:
+        raise InputError(f"{printable(arg)}: no run log among {len(files)} file(s); name a run log")
     if len(kinds) > 1:
         names = some([printable(path) for path in kinds.values()])
         raise InputError(f"{printable(arg)}: its logs hold {len(kinds)} different sources; name one: {names}")
-    return files[0]
+    return next(iter(kinds.values()))
 
 
 def replay_command(argv: Sequence[str] | None = None) -> str:

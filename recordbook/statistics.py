@@ -5,8 +5,8 @@ Values are in the unit of the input (seconds for times, nats for losses, bits fo
 Every function checks its input: ValueError names value, rule and remedy, and NoVariance (a ValueError) says
 that a t statistic does not exist. No function returns NaN. numpy and scipy are imported at the first call.
 
-Contents: 1 input, 2 t-tests, 3 robust and permutation tests, 4 always-valid p, 5 power,
-6 loss-adjusted speed, 7 several tests at once, 8 drift, order and outliers.
+Contents: 1 input, 2 t-tests, 3 robust and permutation tests, 4 always-valid p, 5 loss-adjusted speed,
+6 several tests at once. Beside this file: planning.py (power, runs needed), drift.py (order, outliers).
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, median
 
 ALTERNATIVES = ("less", "greater", "two-sided")
-LARGEST = 1e100  # squares and their sums stay finite below
+LARGEST = 1e50  # products of two squares stay finite below
 NOISE = 8 * 2.0**-52  # an sd below this share of the values is rounding, not spread
 EXACT_LIMIT = 20_000  # resamples enumerated at most, and drawn otherwise
-MAX_RUNS = 1_000_000  # a plan beyond this is refused
-BLOCKED_ABOVE = 0.5  # order imbalance above which the arms count as blocked
-OUTLIER_MADS = 4.0
-MAD_TO_SD = 1.4826  # sd of a normal distribution over its median absolute deviation
 
 
 class NoVariance(ValueError):
@@ -35,7 +30,7 @@ class NoVariance(ValueError):
 
 
 def checked(name: str, values: Sequence[float], least: int) -> list[float]:
-    """The values as floats. ValueError unless at least `least` finite numbers of size up to 1e100."""
+    """The values as floats. ValueError unless at least `least` finite numbers of size up to 1e50."""
     if isinstance(values, str | bytes):
         raise ValueError(f"{name}: {values!r:.40} is text, must be a list of numbers; parse it first")
     try:
@@ -44,7 +39,7 @@ def checked(name: str, values: Sequence[float], least: int) -> list[float]:
         raise ValueError(f"{name}: must be a list of numbers, got {values!r:.60}; parse it first") from None
     for i, x in enumerate(found):
         if not abs(x) <= LARGEST:
-            rule = "must be finite and at most 1e100; count a failed run as failed, do not test its value"
+            rule = "must be finite and at most 1e50; count a failed run as failed, do not test its value"
             raise ValueError(f"{name}: value {i + 1} of {len(found)} is {x}, {rule}")
     if len(found) < least:
         raise ValueError(f"{name}: {len(found)} value(s), the rule is at least {least}; make more runs")
@@ -137,7 +132,7 @@ def t_test(
     level = number("level", level, 0, 1)
     variance = math.fsum(v for v, _ in parts)
     if variance <= 0:
-        why = "all values are equal in each sample, so a t-test does not exist"
+        why = "all values (or differences of pairs) are equal, so a t-test does not exist"
         raise NoVariance(f"{name}: {why}; look for duplicated logs, or add runs or printed digits")
     df = 1 / math.fsum((v / variance) ** 2 / d for v, d in parts)
     se = math.sqrt(variance)
@@ -319,20 +314,22 @@ def permutation_test(new: Sequence[float], base: Sequence[float], alternative: s
         raise ValueError(f"new and base: {n} values in all, the rule is at least 3; make more runs")
     difference = mean_sd(xs)[0] - mean_sd(ys)[0]
     pool = np.array(xs + ys) - math.fsum(xs + ys) / n  # centred: the sum of one arm says all
-    ways = math.comb(n, k)
+    sign, k = (1, k) if 2 * k <= n else (-1, n - k)  # enumerate the smaller arm
+    exact = math.comb(n, k) <= EXACT_LIMIT
     rows = max(1, 2_000_000 // n)
 
     def resamples():
-        if ways <= EXACT_LIMIT:
-            yield pool[np.array(list(itertools.combinations(range(n), k)))].sum(axis=1)
+        if exact:
+            yield sign * pool[np.array(list(itertools.combinations(range(n), k)))].sum(axis=1)
             return
         rng = np.random.default_rng(0)
         for start in range(0, EXACT_LIMIT, rows):
             many = np.tile(pool, (min(rows, EXACT_LIMIT - start), 1))
-            yield rng.permuted(many, axis=1)[:, :k].sum(axis=1)
+            yield sign * rng.permuted(many, axis=1)[:, :k].sum(axis=1)
 
+    observed = float(pool[: len(xs)].sum())
     noise = 64 * NOISE * (float(np.abs(pool).sum()) + max(map(abs, xs + ys)))
-    return count_hits(resamples, float(pool[:k].sum()), noise, alternative, difference, ways <= EXACT_LIMIT)
+    return count_hits(resamples, observed, noise, alternative, difference, exact)
 
 
 def yuen(
@@ -431,13 +428,13 @@ def always_valid(
     t_n = (target - mean) / (s / sqrt(n)), L_n as in log_t_evidence, p_n = min over k <= n of 1 / L_k; under
     any mean >= target and any stopping rule P(some p_n <= alpha) <= alpha for normal values. The first
     value gives no evidence (L_1 = 1). Equal values: t is infinite and L its finite limit (7.8 for three),
-    or, on the target itself, t = 0. Errors: no value, non-finite ones, scale <= 0.
+    or, on the target itself, t = 0. Errors: no value, non-finite ones, scale outside [0.001, 1000].
     Source: statistics.md 3.5 (measured false accepts 0.6 % at alpha 0.01, n = 2..30).
     """
     one_sided(alternative, both=False)
     xs = checked("values", values, 1)
     target = number("target", target, -LARGEST, LARGEST)
-    scale, sign = number("scale", scale, 0, LARGEST), 1 if alternative == "less" else -1
+    scale, sign = number("scale", scale, 1e-3, 1e3, closed=True), 1 if alternative == "less" else -1
     t, centre, squares, biggest = [0.0], sign * (target - xs[0]), 0.0, max(size, abs(target), abs(xs[0]))
     for n, x in enumerate(xs[1:], 2):  # Welford's update of mean and sum of squares of the distances
         gap = sign * (target - x) - centre
@@ -480,104 +477,29 @@ def always_valid_known_sd(
 
     log L_n = log 2 + log(s^2 / (s^2 + n tau^2)) / 2 + S^2 tau^2 / (2 s^2 (s^2 + n tau^2))
               + log Phi(S tau / (s sqrt(s^2 + n tau^2))),  S = sum(target - x).
-    Errors: sd or tau not positive. Source: statistics.md 3.5 (Robbins' mixture).
+    Errors: sd not positive, tau / sd outside [0.001, 1000]. Source: statistics.md 3.5 (Robbins' mixture).
     """
-    from scipy.special import log_ndtr
+    from scipy.special import erfcx, log_ndtr
 
     one_sided(alternative, both=False)
     xs = checked("values", values, 1)
     target, sd = number("target", target, -LARGEST, LARGEST), number("sd", sd, 0, LARGEST)
-    ratio, sign = (
-        number("tau", sd if tau is None else tau, 0, LARGEST) / sd,
-        1 if alternative == "less" else -1,
-    )
+    ratio = number("tau", sd if tau is None else tau, 0, LARGEST) / sd
+    number("tau / sd", ratio, 1e-3, 1e3, closed=True)
+    number("(value - target) / sd", max(abs(x - target) / sd for x in xs), 0, LARGEST, closed=True)
+    sign = 1 if alternative == "less" else -1
     z, logs, total = [], [], 0.0
     for n, x in enumerate(xs, 1):
         total += sign * (target - x) / sd  # S / s
         shrunk = total * ratio / math.sqrt(1 + n * ratio**2)
         z.append(total / math.sqrt(n))
-        logs.append(math.log(2) - 0.5 * math.log1p(n * ratio**2) + shrunk**2 / 2 + float(log_ndtr(shrunk)))
+        # x^2 / 2 + log Phi(x), which for x < 0 would cancel: Phi(x) = erfcx(-x / sqrt 2) exp(-x^2 / 2) / 2
+        gain = shrunk**2 / 2 + log_ndtr(shrunk) if shrunk > 0 else math.log(erfcx(-shrunk / math.sqrt(2)) / 2)
+        logs.append(math.log(2) - 0.5 * math.log1p(n * ratio**2) + float(gain))
     return running(alternative, z, logs)
 
 
-# 5. power -------------------------------------------------------------------------------------------------
-
-
-def t_power(df: float, noncentrality: float, alpha: float) -> float:
-    """P(one-sided t-test rejects at alpha) = nct.sf(t_{1 - alpha, df}; df, noncentrality)."""
-    from scipy.special import stdtrit
-    from scipy.stats import nct
-
-    return float(nct.sf(-stdtrit(df, alpha), df, noncentrality))
-
-
-def noncentrality(arms: int, n: int, gain: float, sd: float) -> tuple[float, float]:
-    """(df, noncentrality) of n runs an arm: one sample (arms 1) or two samples of equal sd (arms 2)."""
-    return arms * (n - 1), gain / sd * math.sqrt(n / arms)
-
-
-def power_at(arms: int, n: int, gain: float, sd: float, alpha: float = 0.01) -> float:
-    """Power of the one-sided t-test with n >= 2 runs in each of 1 or 2 arms; gain and sd in one unit."""
-    if arms not in (1, 2) or isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise ValueError(f"arms and n: {arms} and {n} must be 1 or 2, and a whole number from 2; change them")
-    gain, sd = number("gain", gain, 0, LARGEST), number("sd", sd, 0, LARGEST)
-    return t_power(*noncentrality(arms, n, gain, sd), number("alpha", alpha, 0, 0.5))
-
-
-def runs_needed(arms: int, gain: float, sd: float, alpha: float, power: float) -> int:
-    """Smallest n >= 2 with power_at(arms, n, ...) >= power; ValueError beyond 1,000,000 runs."""
-    power = number("power", power, number("alpha", alpha, 0, 0.5), 1)
-
-    def enough(n: int) -> bool:
-        return power_at(arms, n, gain, sd, alpha) >= power
-
-    high = 2
-    while not enough(high):
-        if high >= MAX_RUNS:
-            why = f"needs more than {MAX_RUNS} runs at sd {sd:g}"
-            raise ValueError(f"gain: {gain:g} {why}; claim a larger gain or lower the noise")
-        high *= 2
-    low = max(1, high // 2)  # not enough, or below the least
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
-
-def runs_needed_one_sample(margin: float, sd: float, alpha: float = 0.01, power: float = 0.9) -> int:
-    """Runs needed to show a mean `margin` below the target with probability `power` (one-sided t-test).
-
-    Smallest n with nct.sf(t_{1-alpha, n-1}; n-1, margin sqrt(n) / sd) >= power. margin and sd in the same
-    unit. Errors: values not positive. Source: statistics.md 3.6 (sd 0.0013, margin 0.001: 25).
-    """
-    return runs_needed(1, margin, sd, alpha, power)
-
-
-def runs_needed_two_sample(gain: float, sd: float, alpha: float = 0.01, power: float = 0.9) -> int:
-    """Runs needed per arm to show a gain between two arms of equal sd (one-sided two-sample t-test).
-
-    Smallest n with nct.sf(t_{1-alpha, 2n-2}; 2n-2, gain sqrt(n / 2) / sd) >= power.
-    Errors: values not positive. Source: statistics.md 3.6 (sd 0.076 s, gain 0.1 s: 17 per arm).
-    """
-    return runs_needed(2, gain, sd, alpha, power)
-
-
-def detectable_gain(n: int, sd: float, alpha: float = 0.01, power: float = 0.9, arms: int = 2) -> float:
-    """Smallest gain (unit of sd) that n runs an arm show with probability `power`; inverse of power_at.
-
-    By bisection to 1e-12 relative. Errors: as power_at, power not in (alpha, 1).
-    """
-    power, sd = number("power", power, number("alpha", alpha, 0, 0.5), 1), number("sd", sd, 0, LARGEST)
-    low, high = 0.0, 1.0
-    while power_at(arms, n, high, 1.0, alpha) < power:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if power_at(arms, n, middle, 1.0, alpha) >= power else (middle, high)
-    return high * sd
-
-
-# 6. loss-adjusted speed ---------------------------------------------------------------------------------
+# 5. loss-adjusted speed ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -626,6 +548,8 @@ def slope_from_sweep(steps: Sequence[float], losses: Sequence[float], times: Seq
         raise ValueError(
             f"steps, losses, times: {len(ns)}, {len(ls)}, {len(ts)} values must be as many; pair them"
         )
+    if not all(n >= 1 and n == int(n) for n in ns):
+        raise ValueError(f"steps: {min(ns):g} to {max(ns):g} must be whole numbers from 1; give step counts")
     if len(set(ns)) < 2:
         raise ValueError(f"steps: all runs have {ns[0]:g}, at least 2 step counts needed; sweep the length")
     (a, sd_a), (b, sd_b) = line(ns, ts), line(ns, ls)
@@ -636,7 +560,7 @@ def slope_from_sweep(steps: Sequence[float], losses: Sequence[float], times: Seq
         raise ValueError(
             f"losses: {found} must be negative by 3 standard errors; widen the sweep or add runs"
         )
-    k = -a / b
+    k = number("k", -a / b, 0, LARGEST)
     return Slope(k, k * math.hypot(sd_a / a, sd_b / b), len(ns) - 2, len(ns))
 
 
@@ -673,7 +597,7 @@ def loss_adjusted(
     return LossAdjusted(test, d_time, d_loss, k, sd_k, se_time, se_loss, abs(d_loss) * sd_k)
 
 
-# 7. several tests at once -------------------------------------------------------------------------------
+# 6. several tests at once --------------------------------------------------------------------------------
 
 
 def holm(pvalues: Sequence[float]) -> tuple[float, ...]:
@@ -688,232 +612,3 @@ def holm(pvalues: Sequence[float]) -> tuple[float, ...]:
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
         adjusted[i] = highest
     return tuple(adjusted)
-
-
-# 8. drift, order and outliers ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Trend against run order; slope in the values' unit per run, [low, high] at `level`."""
-
-    n: int
-    rho: float
-    p: float  # two-sided, of rho
-    slope: float
-    level: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class ArmOrder:
-    """Least squares value ~ arm + order: the arm's effect freed of a linear drift, and the drift itself."""
-
-    effect: TTest
-    slope: float  # per run
-    slope_se: float
-    slope_p: float  # two-sided
-
-
-@dataclass(frozen=True)
-class Order:
-    """How arms lie in time. imbalance 0: same mean position (ABBA); 1: one arm wholly before the other."""
-
-    pattern: str
-    imbalance: float
-    blocked: bool
-
-
-@dataclass(frozen=True)
-class DriftRule:
-    """Whether drift could have made the gain; `reason` is a sentence."""
-
-    no_verdict: bool
-    total: float  # slope * n
-    limit: float  # a quarter of the gain
-    order: Order
-    drift: Drift
-    reason: str
-
-
-def arm_positions(arms: Sequence, count: int) -> dict:
-    """Positions 0.. of each arm in run order; ValueError unless there is one label a value."""
-    labels = list(arms)
-    if len(labels) != count:
-        raise ValueError(
-            f"arms: {len(labels)} labels for {count} values, must be one each; give all in run order"
-        )
-    return {label: [i for i, x in enumerate(labels) if x == label] for label in dict.fromkeys(labels)}
-
-
-def ranks(values: list[float]) -> list[float]:
-    """Ranks from 1; equal values share their mean rank."""
-    ordered = sorted(values)
-    first = {x: i for i, x in reversed(list(enumerate(ordered)))}
-    last = {x: i for i, x in enumerate(ordered)}
-    return [(first[x] + last[x]) / 2 + 1 for x in values]
-
-
-def rank_trend(groups: list[list[float]]) -> tuple[float, float]:
-    """Spearman's rho against order, pooled over groups ranked each for itself, and its two-sided p.
-
-    p by enumerating the orders within groups when there are at most 20,000, else from
-    t = rho sqrt(df / (1 - rho^2)), df = n - groups - 1, and never below 2 / number of orders.
-    """
-    from scipy.special import stdtr
-
-    centred = [[r - (len(g) + 1) / 2 for r in ranks(g)] for g in groups]
-    places = [[i - (len(g) - 1) / 2 for i in range(len(g))] for g in groups]
-    size = math.sqrt(
-        math.fsum(r * r for g in centred for r in g) * math.fsum(x * x for g in places for x in g)
-    )
-    if size == 0:
-        return 0.0, 1.0
-
-    def score(g: Sequence[float], x: list[float]) -> float:
-        return math.fsum(a * b for a, b in zip(g, x, strict=True))
-
-    rho = max(-1.0, min(1.0, math.fsum(map(score, centred, places)) / size))
-    ways = math.prod(math.factorial(min(len(g), 20)) for g in groups)
-    if ways <= EXACT_LIMIT:
-        scores = [
-            [score(g, x) for g in itertools.permutations(c)] for c, x in zip(centred, places, strict=True)
-        ]
-        found = [abs(sum(row)) / size for row in itertools.product(*scores)]
-        return rho, sum(x >= abs(rho) - 1e-9 for x in found) / len(found)
-    df = sum(map(len, groups)) - len(groups) - 1
-    t = abs(rho) * math.sqrt(df / (1 - rho * rho)) if abs(rho) < 1 else math.inf
-    return rho, max(2 * float(stdtr(df, -t)), 2 / ways)
-
-
-def drift(values: Sequence[float], arms: Sequence | None = None, level: float = 0.95) -> Drift:
-    """Trend of values in run order: Spearman's rho with p, and the Theil-Sen slope with its interval.
-
-    slope = median of (x_j - x_i) / (j - i). With arms (a label a value) only pairs of the same arm count,
-    so a real gain between blocked arms is no drift. Interval: Sen's, from Kendall's variance with ties,
-    summed over arms. Equal values: rho 0, p 1, slope 0. Errors: fewer than 3 values, no arm with 3.
-    Source: Sen 1968; for one arm scipy.stats.theilslopes and spearmanr (whose p is approximate below n = 8).
-    """
-    import numpy as np
-
-    xs = checked("values", values, 3)
-    level = number("level", level, 0, 1)
-    places = list(arm_positions([0] * len(xs) if arms is None else arms, len(xs)).values())
-    if max(map(len, places)) < 3:
-        raise ValueError(f"arms: at most {max(map(len, places))} values an arm, 3 needed; make more runs")
-    slopes, variance = [], 0.0
-    for where in places:
-        x, at = np.array([xs[i] for i in where]), np.array(where, float)
-        i, j = np.triu_indices(len(x), 1)
-        slopes.append((x[j] - x[i]) / (at[j] - at[i]))
-        ties = np.unique(x, return_counts=True)[1]
-        n = len(x)
-        variance += (n * (n - 1) * (2 * n + 5) - float((ties * (ties - 1) * (2 * ties + 5)).sum())) / 18
-    ordered = np.sort(np.concatenate(slopes))
-    reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(variance)
-    low = max(round((len(ordered) - reach) / 2) - 1, 0)
-    high = min(round((len(ordered) + reach) / 2), len(ordered) - 1)
-    rho, p = rank_trend([[xs[i] for i in where] for where in places])
-    return Drift(len(xs), rho, p, float(np.median(ordered)), level, float(ordered[low]), float(ordered[high]))
-
-
-def arm_and_order(
-    values: Sequence[float],  # in run order
-    arms: Sequence,
-    new,  # the label of the new arm; the other label is the base
-    alternative: str = "less",
-    level: float = 0.95,
-) -> ArmOrder:
-    """Least squares value = c + effect [arm is new] + slope * order, n - 3 degrees of freedom.
-
-    Errors: not exactly two arms, fewer than 4 values, an exact fit (NoVariance).
-    Source: statistics.md 3.8; equals the t statistics of an ordinary regression.
-    """
-    from scipy.special import stdtr
-
-    xs = checked("values", values, 4)
-    places = arm_positions(arms, len(xs))
-    if len(places) != 2 or new not in places:
-        raise ValueError(f"arms: {len(places)} labels, must be two with {new!r} among them; pick two arms")
-    n, n_new = len(xs), len(places[new])
-    is_new = [float(i in set(places[new])) - n_new / n for i in range(n)]
-    order, mean = [i - (n - 1) / 2 for i in range(n)], math.fsum(xs) / n
-
-    def dot(a, b) -> float:
-        return math.fsum(p * q for p, q in zip(a, b, strict=True))
-
-    y = [x - mean for x in xs]
-    aa, oo, ao = dot(is_new, is_new), dot(order, order), dot(is_new, order)
-    det = aa * oo - ao * ao  # positive: a 0/1 column is a line in the order only for two values
-    effect = (oo * dot(is_new, y) - ao * dot(order, y)) / det
-    slope = (aa * dot(order, y) - ao * dot(is_new, y)) / det
-    rest = dot(*[[u - effect * v - slope * w for u, v, w in zip(y, is_new, order, strict=True)]] * 2)
-    if math.sqrt(rest / n) <= NOISE * max(map(abs, xs)):
-        rest = 0.0
-    variance = rest / (n - 3)
-    sizes = (n_new, n - n_new)
-    test = t_test("least squares", alternative, sizes, effect, [(variance * oo / det, n - 3)], level)
-    se = math.sqrt(variance * aa / det)
-    return ArmOrder(test, slope, se, 2 * float(stdtr(n - 3, -abs(slope) / se)))
-
-
-def blocked_order(arms: Sequence) -> Order:
-    """Are arms confounded with run order? Labels in run order, at least two different ones.
-
-    imbalance = largest over pairs of arms of |mean position A - mean position B| / (half their runs), with
-    positions counted among the runs of the two: a linear drift of s per run biases their difference by
-    s * imbalance * half. Blocked: above 0.5 (AABB 1, ABAB of 4 0.5, ABBA 0). Errors: fewer than two arms.
-    """
-    places = arm_positions(arms, len(list(arms)))
-    if len(places) < 2:
-        raise ValueError(f"arms: {len(places)} label(s), at least two needed; give the labels in run order")
-    worst = 0.0
-    for a, b in itertools.combinations(places.values(), 2):
-        rank = {place: i for i, place in enumerate(sorted(a + b))}
-        middle = [math.fsum(rank[i] for i in where) / len(where) for where in (a, b)]
-        worst = max(worst, abs(middle[0] - middle[1]) / (len(rank) / 2))
-    names = dict(zip(places, "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "?" * len(places), strict=False))
-    return Order("".join(names[x] for x in arms), worst, worst > BLOCKED_ABOVE)
-
-
-def drift_rule(values: Sequence[float], arms: Sequence, gain: float) -> DriftRule:
-    """No verdict when the order is blocked and |slope * n| is above a quarter of the claimed gain.
-
-    slope: within-arm Theil-Sen slope of all runs in run order, n their number. gain: its size counts.
-    Errors: as drift and blocked_order; a gain of 0 leaves no verdict if blocked. Source: statistics.md 3.8.
-    """
-    gain = abs(number("gain", gain, -LARGEST, LARGEST))
-    order, found = blocked_order(arms), drift(values, arms)
-    total, limit = found.slope * found.n, gain / 4
-    refused = order.blocked and (abs(total) > limit or gain == 0)
-    where = f"order {order.pattern} is {'blocked' if order.blocked else 'balanced'}"
-    size = f"drift over the runs {total:+.3g} is {'above' if abs(total) > limit else 'within'} {limit:.3g}"
-    return DriftRule(refused, total, limit, order, found, f"{where}; {size}, a quarter of the gain")
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """Positions of values beyond `limit` from the median; flagged, never dropped."""
-
-    median: float
-    mad: float
-    limit: float
-    indices: tuple[int, ...]
-
-
-def outliers(values: Sequence[float]) -> Outliers:
-    """Values with |x - median| > 4 * 1.4826 * MAD.
-
-    MAD 0 (more than half are equal): the scale is then 1.2533 times the mean absolute deviation from the
-    median, the same sd for a normal sample, so one odd value among equal ones is still found; all equal:
-    none. Errors: fewer than 3 values. Source: statistics.md 3.8; Iglewicz and Hoaglin 1993.
-    """
-    xs = checked("values", values, 3)
-    centre = median(xs)
-    away = [abs(x - centre) for x in xs]
-    mad = median(away)
-    scale = MAD_TO_SD * mad or math.sqrt(math.pi / 2) * math.fsum(away) / len(away)
-    limit = OUTLIER_MADS * scale
-    noise = NOISE * max(map(abs, xs))
-    return Outliers(centre, mad, limit, tuple(i for i, x in enumerate(away) if x > limit + noise))

@@ -1,0 +1,50 @@
+"""The comparison of the fast path with plain PyTorch: its schedule, its arms, its refusals."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import same_loss  # noqa: E402
+import train_gpt as tg  # noqa: E402
+
+
+def test_the_cut_schedule_has_every_stage():
+    recipe = same_loss.cut(tg.RECIPES["sprint"], 8)
+    assert [stage.steps for stage in recipe.stages] == [8, 8, 8, 2]
+    assert [stage.short for stage in recipe.stages] == [stage.short for stage in tg.RECIPES["sprint"].stages]
+    assert recipe.val_tokens == 10 * recipe.val_slot
+    assert recipe.momentum[-1][0] == recipe.total_steps
+    assert tg.RECIPES["sprint"].total_steps == 353, "the recipe itself stays"
+
+
+def test_the_interval():
+    assert same_loss.interval([1.5], [1.25]) == "+0.2500 (one seed: no interval)"
+    assert same_loss.interval([1.0, 1.2], [1.1, 1.3]).startswith("-0.1000, 95 % interval -0.5")
+
+
+@pytest.mark.parametrize("options", [["--recipe", "none"], ["--seeds", "0"], ["--steps", "1"]], ids=str)
+def test_bad_input_is_one_line(options):
+    command = [sys.executable, str(ROOT / "benchmarks" / "same_loss.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("same_loss.py: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_both_arms_on_a_cpu(corpus_dir, nano, monkeypatch, capsys, tmp_path):
+    """Without a GPU both arms are plain PyTorch in float32, so they end equal."""
+    monkeypatch.setitem(tg.RECIPES, "tiny", nano)
+    monkeypatch.setattr(
+        sys, "argv", ["same_loss.py", "--data", str(corpus_dir), "--seeds", "2", "--steps", "2"]
+    )
+    monkeypatch.setattr(same_loss.tg, "StopRequest", lambda: type("Never", (), {"is_set": False})())
+    assert same_loss.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("fast seed") == printed.count("plain seed") == 2
+    assert "fast less plain: +0.0000" in printed
