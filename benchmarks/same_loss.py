@@ -38,9 +38,9 @@ def cut(recipe: tg.Recipe, steps: int) -> tg.Recipe:
 def build(args: argparse.Namespace, recipe: tg.Recipe, ranks: tg.Ranks, is_plain: bool) -> tg.Job:
     """A job of one arm, its log in a temporary folder."""
     corpus = tg.Corpus.open(args.data)
-    options = ["--recipe", recipe.name, "--data", str(args.data), "--out", f"{args.folder}/{is_plain}.txt"]
+    options = ["--recipe", args.recipe, "--data", str(args.data), "--out", f"{args.folder}/{is_plain}.txt"]
     given = tg.parse(options)
-    tg.RECIPES[recipe.name] = replace(recipe, fp8=()) if is_plain else recipe
+    tg.RECIPES[args.recipe] = replace(recipe, fp8=()) if is_plain else recipe
     cfg, _ = tg.configure(given, ranks, corpus)
     cfg = replace(cfg, attention="reference") if is_plain else cfg
     job, _ = tg.build(given, cfg, ranks, corpus)
