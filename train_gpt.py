@@ -1397,12 +1397,12 @@ def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[C
     backend = next(name for name, is_usable, _ in backends if is_usable)
     reasons = "; ".join(f"no {name}: {why}" for name, is_usable, why in backends if not is_usable)
     lines.append(f"attention backend {backend}" + (f" ({reasons})" if reasons else ""))
-    has_fp8, reason = kernels.fp8_available(ranks.device)
-    if recipe.fp8 and not has_fp8:
-        lines.append(f"{str(dtype).removeprefix('torch.')} instead of FP8 ({reason})")
+    reason = kernels.fp8_available(ranks.device)[1]
+    problems = {"head": reason, "qkv": reason, "mlp": reason or kernels.tma_problem(ranks.device)}
+    lines += [f"{x}: {str(dtype)[6:]} instead of FP8 ({problems[x]})" for x in recipe.fp8 if problems[x]]
     return Config(
         recipe=recipe, vocab_size=corpus.vocab_size, slots=slots, dtype=dtype, attention=backend,
-        fp8=recipe.fp8 if has_fp8 else (),
+        fp8=tuple(x for x in recipe.fp8 if not problems[x]),
     ), lines  # fmt: skip
 
 

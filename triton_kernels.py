@@ -330,25 +330,19 @@ def _matmul_fp8(a8: Tensor, b8_t: Tensor, a_by: float, b_by: float, out: Tensor,
 # ------------------------------------------------------------------------------------------------------------
 # 5. linear_relu2: relu(x W1^T)^2 W2, in bf16 or with an FP8 forward
 
-# At N = 49,152, D = 768, F = 3072 a product is 232 GFLOP, 294 us, half in FP8. The first moves 382 MB, 89 us.
-# Forward is 2 such products, backward 4: 0.59 and 1.17 ms. Fusing the activation saves a write and a read of
-# the (N, F) tensor, 604 MB or 140 us, in each direction. One (N, F) tensor is kept for backward: post =
-# relu(pre)^2, and backward takes relu(pre) = sqrt(post) (pull request 322). It is the accurate choice as well
-# as the small one: post is rounded once, to a relative error of 2^-9 in bf16, and the root halves that, so
-# 2 sqrt(post) is closer than 2 relu(pre) from a stored bf16 pre would be. Keeping relu(pre) instead would
-# cost a pass to square it for dW2. Tiles go along F first: W1 (4.7 MB) stays in the L2 cache and each row
-# block of x is read from memory once.
-# The kernel is persistent, its two loops flattened into one, and the tensor memory accelerator (TMA)
-# carries the blocks, so that a tile's first ones arrive while the tile before is stored. One H200, torch
-# 2.11, medians of 10, us: forward 387, backward 491; not flattened 489 and 568; a program for each tile, with
-# pointers, 527 and 632. The bare product by cuBLAS: 336.
+# At N = 49,152, D = 768, F = 3072 a product is 232 GFLOP, 294 us, half in FP8. The first moves 382 MB, 89
+# us. Forward is 2 such products, backward 4: 0.59 and 1.17 ms. Fusing the activation saves a write and a
+# read of the (N, F) tensor, 604 MB or 140 us, in each direction. One such tensor is kept for backward: post
+# = relu(pre)^2, and backward takes relu(pre) = sqrt(post) (pull request 322), closer than a stored bf16 pre:
+# the root halves post's rounding. Tiles go along F first: W1 (4.7 MB) stays in the L2 cache. The kernel is
+# persistent, its two loops flattened into one, and the tensor memory accelerator (TMA) carries the blocks.
+# One H200, torch 2.11, medians of 10, us: forward 387, backward 491; not flattened 489 and 568; a program
+# for each tile, with pointers, 527 and 632. The bare product by cuBLAS: 336.
 RELU2_FORWARD = Tile(128, 256, 64, 3, 8), 1, 1  # and programs a processor, parts in which a tile is stored
 RELU2_BACKWARD = Tile(128, 128, 64, 5, 4), 2, 1  # in two waves, since one fills a processor; in one 501 us
-# FP8 forward (records 84 and 89, pull requests 306 and 342) moves 493 MB, 115 us: post is written twice. The
-# kernel takes 301 us; stored in one part, with 4 stages, 371 us.
+# FP8 forward (pull requests 306 and 342) moves 493 MB, 115 us; the kernel takes 301, stored in one part 371.
 RELU2_FP8 = Tile(128, 256, 64, 6, 8), 1, 2
-# Static factors, powers of two: e4m3 is normal from 2^-6 to 448, subnormal from 2^-9; values beyond saturate.
-# Whole numbers: a module's float read under torch.compile becomes a symbol, and the graph is traced twice.
+# Static factors; e4m3 is normal from 2^-6 to 448. Whole: a float would become a symbol under torch.compile.
 E4M3_X_FACTOR = 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
 E4M3_W_FACTOR = 256  # to 1.75: weights of 0.03 become 8
 E4M3_POST_FACTOR = 1  # to 448: |pre| <= 21
@@ -449,15 +443,21 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _use_tma(x_ND: Tensor, w_FD: Tensor, element_size: int) -> bool:
-    """Whether TMA can carry rows of D and of F elements, of that many bytes each, and the device has it.
+def _has_tma(device: torch.device) -> bool:
+    # Compute capability 12 (GPUs for desktops) has it too, but too little shared memory for these tiles.
+    return 9 <= torch.cuda.get_device_properties(device).major < 12
 
-    Compute capability 12 (GPUs for desktops) has it too, but too little shared memory for these tiles.
-    """
+
+def tma_problem(device: torch.device) -> str:
+    """Why linear_relu2 runs in plain PyTorch on the device; empty if it does not."""
+    has_it = triton is not None and device.type == "cuda" and _has_tma(device)
+    return "" if has_it else "its kernel needs Triton and compute capability 9 to 11"
+
+
+def _use_tma(x_ND: Tensor, w_FD: Tensor, element_size: int) -> bool:
+    """Whether TMA can carry rows of D and of F elements, of that many bytes each, and the device has it."""
     is_aligned = all(size * element_size % 16 == 0 for size in w_FD.shape)
-    if not is_aligned or not _use_matmul_kernels(x_ND):
-        return False
-    return _FORCE_KERNELS or 9 <= torch.cuda.get_device_properties(x_ND.device).major < 12
+    return is_aligned and _use_matmul_kernels(x_ND) and (_FORCE_KERNELS or _has_tma(x_ND.device))
 
 
 def _aligned(x: Tensor) -> Tensor:
