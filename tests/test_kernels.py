@@ -324,6 +324,73 @@ def test_fp8_linear_relu2_saturates_and_keeps_dtypes():
     assert tk.fp8_linear_relu2(x * float("nan"), w1, w1).isnan().all()
 
 
+def linear_inputs(n, d, c, dtype=torch.float32, device="cpu"):
+    """As relu2_inputs: (x, w), dy."""
+    (x, w, _), _ = relu2_inputs(n, d, c, dtype, device)
+    return (x, w), torch.randn(n, c).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_fp8_linear_is_its_reference(dtype):
+    """Products of the same 8-bit values; gradients are those of the exact product."""
+    inputs, dy = linear_inputs(50, 64, 96, dtype)
+    y, *grads = with_grads(tk.fp8_linear, inputs, dy)
+    want, *want_grads = with_grads(tk.fp8_linear_ref, inputs, dy)
+    exact, *exact_grads = with_grads(torch.nn.functional.linear, inputs, dy)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    assert relative_error(y, want) < tolerance
+    for got, g, e in zip(grads, want_grads, exact_grads, strict=True):
+        assert relative_error(got, e) < tolerance
+        assert relative_error(g, e) < tolerance
+    assert {t.dtype for t in (y, want, *grads, *want_grads)} == {dtype}
+    x, w = (tk._e4m3(t, f).double() / f for t, f in zip(inputs, (16, 256), strict=True))
+    assert relative_error(y, x @ w.T) < tolerance
+    assert relative_error(y, exact) > 2**-9
+
+
+def test_fp8_linear_error_is_within_that_of_the_format():
+    """Of each element: half a unit of 3 bits, 2^-4; below 2^-6, where numbers are subnormal, 2^-10."""
+    (x, w), _ = linear_inputs(48, 64, 320)
+    error_x, error_w = (t.double().abs() / 16 + 2**-10 / f for t, f in ((x, 16), (w, 256)))
+    bound = error_x @ w.double().abs().T + x.double().abs() @ error_w.T + error_x @ error_w.T
+    for op in (tk.fp8_linear, tk.fp8_linear_ref):
+        error = (op(x, w).double() - x.double() @ w.double().T).abs()
+        assert (error <= bound + 1e-6).all()
+        assert 2**-9 < relative_error(op(x, w), x.double() @ w.double().T) < 2**-4
+
+
+@pytest.mark.parametrize("op", [tk.fp8_linear, tk.fp8_linear_ref])
+def test_fp8_linear_is_exact_on_representable_values_and_saturates(op):
+    x = torch.nn.functional.one_hot(torch.arange(48) % 32, 32) * 2.0
+    w = torch.tensor([-0.5, 0.0, 0.25, 0.5, 1.75])[torch.randint(5, (64, 32))]
+    dy = torch.randint(-2, 3, (48, 64)).float()
+    for got, want in zip(
+        with_grads(op, (x, w), dy), with_grads(lambda x, w: x @ w.T, (x, w), dy), strict=True
+    ):
+        assert torch.equal(got, want)
+    x, w = torch.full((2, 16), 100.0, dtype=torch.bfloat16), torch.full((32, 16), -5.0, dtype=torch.bfloat16)
+    y, dx, dw = with_grads(op, (x, w))
+    assert torch.equal(y, torch.full_like(y, -16 * 28 * 1.75))
+    assert torch.equal(dx, torch.full_like(x, -160.0)), "beyond the range too, the gradient is the exact one"
+    assert torch.equal(dw, torch.full_like(w, 200.0))
+    assert op(x * float("nan"), w).isnan().all()
+
+
+def test_fp8_linear_is_registered_properly():
+    checks = ("test_autograd_registration", "test_faketensor")  # test_schema lacks FP8 arithmetic
+    inputs, _ = linear_inputs(10, 16, 32)
+    eights = tuple(tk._e4m3(t, f) for t, f in zip(inputs, (16, 256), strict=True))
+    leaves = tuple(t.requires_grad_() for t in inputs)
+    torch.library.opcheck(tk._fp8_linear, (*leaves, *eights), test_utils=checks)
+
+
+def test_fp8_factors_are_whole_powers_of_two():
+    """A float would be a symbol under torch.compile; another number would round twice."""
+    for factor in (tk.E4M3_X_FACTOR, tk.E4M3_W_FACTOR, tk.E4M3_POST_FACTOR):
+        assert isinstance(factor, int)
+        assert factor.bit_count() == 1
+
+
 def test_fp8_head_loss_is_registered_properly():
     inputs, rest = head_loss_inputs([5, 3], 4, 6)
     leaves = tuple(t.requires_grad_() for t in inputs)
@@ -636,16 +703,17 @@ def test_opaque_attention_compiles(plumbed):
 def check_any_number_of_rows(op, tolerance: float) -> None:
     """One graph for every N, values and gradients as in eager mode."""
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs_of = linear_inputs if op is tk.fp8_linear else relu2_inputs
     for i, n in enumerate((40, 70, 200)):
-        inputs, dy = relu2_inputs(n, 32, 48)
+        inputs, dy = inputs_of(n, 32, 48)
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
             got = with_grads(compiled, inputs, dy)
         for g, e in zip(got, with_grads(op, inputs, dy), strict=True):
             assert relative_error(g, e) <= tolerance
 
 
-@pytest.mark.parametrize("op", [tk.linear_relu2, tk.fp8_linear_relu2])
-def test_linear_relu2_compiles_for_any_number_of_rows(op):
+@pytest.mark.parametrize("op", [tk.linear_relu2, tk.fp8_linear_relu2, tk.fp8_linear])
+def test_linear_products_compile_for_any_number_of_rows(op):
     check_any_number_of_rows(op, 1e-6)
 
 
@@ -839,22 +907,56 @@ def test_interpreted_case_fp8_head_loss(slots, weights, forced_kernels):
     torch.library.opcheck(tk._fp8_head_loss, (*leaves, *rest), test_utils=checks)
 
 
+class Launches:
+    """A kernel that notes how many programs each launch has."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.programs = kernel, []
+
+    def __getitem__(self, grid):
+        self.programs.append(grid[0])
+        return self.kernel[grid]
+
+
 @interpreted
 @pytest.mark.parametrize("chunk", [8, 7, 23, 1])
 def test_interpreted_case_fp8_head_loss_in_chunks(chunk, forced_kernels, monkeypatch):
     """Terms of a row reach into the next chunk; the last chunk may be short."""
     inputs, rest = head_loss_inputs([9, 15], 16, 320)
     whole = with_grads(lambda *t: tk.fp8_head_loss(*t, *rest), inputs)
-    launched, launch = [], tk._launch_ce_forward
-    monkeypatch.setattr(
-        tk, "_launch_ce_forward", lambda z, *a, **kw: (launched.append(len(z)), launch(z, *a, **kw))
-    )
+    launches = Launches(tk._ce_forward_kernel)
+    monkeypatch.setattr(tk, "_ce_forward_kernel", launches)
+    monkeypatch.setattr(tk, "_ce_backward_kernel", None)  # loss and gradient come from one kernel
     monkeypatch.setattr(tk, "HEAD_CHUNK", chunk)
     parts = with_grads(lambda *t: tk.fp8_head_loss(*t, *rest), inputs)
-    assert launched == [min(chunk, 24 - first) for first in range(0, 24, chunk)]
+    assert launches.programs == [min(chunk, 24 - first) for first in range(0, 24, chunk)]
     assert torch.equal(parts[0], whole[0])
     for g, e in zip(parts[1:], whole[1:], strict=True):  # products of other shapes may sum in another order
         assert torch.allclose(g, e, rtol=1e-5, atol=1e-7)
+
+
+@interpreted
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("block", [8192, 128, 64])
+def test_interpreted_case_loss_and_gradient_in_one_kernel(block, weights, forced_kernels):
+    """In chunks of 7 rows with a stride; rows of 320 are less than a block, or blocks and a rest, or none."""
+    logits, targets, _ = loss_inputs(24, 320, torch.float32)
+    positions, weights_K, factor = positions_of([9, 1, 14]), torch.tensor(weights), 3.5
+    rest = targets, positions, weights_K
+    same, exact = (
+        with_grads(lambda z: tk.softcapped_cross_entropy_ref(z, *rest), (z,), torch.full((24,), factor))
+        for z in (logits, logits.double())
+    )
+    wide = torch.cat((logits, logits), dim=1)[:, :320]
+    got, lse, grad = torch.empty(24), torch.empty(24), torch.full((24, 320), float("nan"))
+    constants = tk._ce_constants(block, tk.CE_FUSED_WARPS, is_fast=True)
+    for first in range(0, 24, 7):
+        part = slice(first, first + 7)
+        tensors = wide[part], targets.int(), positions, weights_K, got, lse, grad[part]
+        sizes = first, 24, 320, wide.stride(0)
+        tk._ce_forward_kernel[(len(wide[part]),)](*tensors, factor, *sizes, **constants)
+    assert_close((got, grad), same, exact)
+    assert torch.allclose(lse, tk.softcap(logits).logsumexp(dim=-1))
 
 
 @interpreted
@@ -982,16 +1084,16 @@ for kernel in (tk._prepare_qkv_kernel, tk._prepare_qkv_backward_kernel):
     for none in ({}, {"ve_ptr": None, "gate_ptr": None}):
         for paired, offset in ((False, False), (True, False), (False, True), (True, True)):
             build(kernel, types, tk._qkv_constants(6, 128, paired, offset) | none)
-loss = {"logits_ptr": B, "targets_ptr": "*i64", "positions_ptr": "*i32", "weights_ptr": S, "lse_ptr": S}
+loss = {"logits_ptr": B, "targets_ptr": "*i32", "positions_ptr": "*i32", "weights_ptr": S, "lse_ptr": S}
+forward, gradient = loss | {"loss_ptr": S, "factor": "fp32"}, loss | {"grad_ptr": S, "dlogits_ptr": B}
+fused = forward | {"dlogits_ptr": "*fp8e5"}
 for is_fast in (True, False):
-    built = build(tk._ce_forward_kernel, loss | {"loss_ptr": S},
-                  tk._ce_constants(tk.CE_FORWARD_BLOCK, tk.CE_FORWARD_WARPS, is_fast))
-    assert ("tanh.approx.f32" in built.asm["ptx"]) == is_fast
-    for gradient, has_grad in ((B, True), ("*fp8e5", False)):  # softcapped_cross_entropy, fp8_head_loss
-        constants = tk._ce_constants(tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS, is_fast)
-        built = build(tk._ce_backward_kernel,
-                      loss | {"grad_ptr": S, "dlogits_ptr": gradient, "factor": "fp32"},
-                      constants | {"HAS_GRAD": has_grad})
+    for kernel, types, config, none in (
+        (tk._ce_forward_kernel, forward, (tk.CE_FORWARD_BLOCK, tk.CE_FORWARD_WARPS), {"dlogits_ptr": None}),
+        (tk._ce_forward_kernel, fused, (tk.CE_FUSED_BLOCK, tk.CE_FUSED_WARPS), {}),
+        (tk._ce_backward_kernel, gradient, (tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS), {}),
+    ):
+        built = build(kernel, types, tk._ce_constants(*config, is_fast) | none)
         assert ("tanh.approx.f32" in built.asm["ptx"]) == is_fast
 for name, dtype in (("*fp8e4nv", tk.E4M3), ("*fp8e5", tk.E5M2)):
     build(tk._quantize_kernel, {"x_ptr": B, "row_ptr": name, "col_ptr": "*i8", "inv_scale": "fp32"},
@@ -1065,6 +1167,19 @@ def test_gpu_fp8_linear_relu2(shape):
         for got, want in zip(with_grads(op, inputs, dy), emulated, strict=True):
             # use_fast_accum keeps about 14 bits of the sum: some of post's roundings differ; besides, bf16.
             assert relative_error(got, want) < 1e-2
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(16384, 768, 2304), (1000, 768, 2304), (16, 32, 96)], ids=str)
+def test_gpu_fp8_linear(shape):
+    skip_without_fp8()
+    inputs, dy = linear_inputs(*shape, torch.bfloat16, "cuda")
+    emulated = with_grads(tk.fp8_linear_ref, doubled(inputs), dy)
+    for _, op in each_way(tk.fp8_linear):
+        for got, want in zip(with_grads(op, inputs, dy), emulated, strict=True):
+            # bf16 rounding, and in forward use_fast_accum, which keeps about 14 bits of the sum
+            assert relative_error(got, want) < 5e-3
+        assert relative_error(op(*inputs), torch.nn.functional.linear(*doubled(inputs))) < 2**-4
 
 
 @gpu
