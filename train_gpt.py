@@ -597,7 +597,7 @@ def check_train_data(recipe: Recipe, slots: int, corpus: Corpus) -> int:
 
 
 def batches(cfg: Config, ranks: Ranks, corpus: Corpus, max_docs: int, first: int) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each step from `first` on; packed in a thread, STEPS_AHEAD."""
+    """This rank's micro-batches of each step from `first` on; packed in a thread, a few steps ahead."""
     recipe, per_rank = cfg.recipe, cfg.slots // ranks.world_size
     stages = [stage for stage in recipe.stages for _ in range(stage.steps)]
     mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)

@@ -855,3 +855,22 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch, nano):
     assert compiler(math.sqrt, dynamic=False) is not math.sqrt
     assert not lines
     assert "takes longer than it saves" in tg.compiler_for(nano, cpu)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("fp8", "tma", "kept", "said"),
+    [
+        ("", "", ("head", "mlp", "qkv"), []),
+        ("", "no TMA", ("head", "qkv"), ["mlp: float32 instead of FP8 (no TMA)"]),
+        ("none", "", (), [f"{name}: float32 instead of FP8 (none)" for name in ("head", "mlp", "qkv")]),
+    ],
+)
+def test_fp8_falls_back_product_by_product(monkeypatch, nano, corpus_dir, fp8, tma, kept, said):
+    monkeypatch.setitem(tg.RECIPES, "tiny", dataclasses.replace(nano, fp8=("head", "mlp", "qkv")))
+    monkeypatch.setattr(tg.kernels, "fp8_available", lambda device: (not fp8, fp8))
+    monkeypatch.setattr(tg.kernels, "tma_problem", lambda device: tma)
+    ranks = tg.Ranks(0, 1, torch.device("cpu"))
+    args = tg.parse(["--recipe", "tiny", "--data", str(corpus_dir)])
+    cfg, lines = tg.configure(args, ranks, tg.Corpus.open(corpus_dir))
+    assert cfg.fp8 == kept
+    assert [line for line in lines if "FP8" in line] == said
