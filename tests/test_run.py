@@ -69,6 +69,9 @@ def project(tmp_path):
     """A folder with the real run.sh and compare_runs.py, and two trainers that only write logs."""
     for name in ("run.sh", "compare_runs.py", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(
+        ROOT / "recordbook", tmp_path / "recordbook", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / "torch.py").write_text(FAKE_TORCH.format(gpus=0))
     (tmp_path / "torchrun").write_text(FAKE_TORCHRUN)
     (tmp_path / "torchrun").chmod(0o755)
@@ -115,7 +118,9 @@ def test_two_trainers_alternate(project):
     arms = [line.split(":")[0] for line in ledger(project)]
     assert arms == [a, b, b, a, b, a, a, b]
     assert [line.split(":")[1] for line in ledger(project)] == ["1", "1", "2", "2", "3", "3", "4", "4"]
-    assert len(list((project / "logs").iterdir())) == 2
+    (series,) = (project / "logs").iterdir()
+    names = sorted(path.name.rsplit("-", 1)[0] for path in series.iterdir() if path.is_dir())
+    assert names == ["A-train_gpt", "B-other"], "the arms share a folder with their plan and ledger"
 
 
 @pytest.mark.parametrize("end", ["interrupted", "killed"])
