@@ -6,10 +6,12 @@
     python compare_runs.py logs/ab@1e951856 logs/ab@c09cf162  arms by source hash, if one folder holds both
     python compare_runs.py logs/candidate                     one arm against the target alone
     python compare_runs.py logs/a logs/b --json out.json --plot out.png
+    python compare_runs.py logs/a logs/b --track short --claim ml    ACCEPT, REJECT or INCONCLUSIVE
 
 Reads the logs of every era of the GPT speedrun, and ours. Needs scipy; --plot needs matplotlib; never torch.
 Only complete runs are averaged. Every other run is named with the reason; a mixed arm is refused.
-Order of this file: statistics, log parsing, arms and their checks, report, plot, command line.
+Order of this file: statistics, log parsing, arms and their checks, report, plot, command line. The findings,
+the verdict and the subcommands live in recordbook/, which is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -22,17 +24,26 @@ import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+MEASURES = ("loss", "seconds", "bpb")  # numbers that every kind of log can have
 SCHEMA = "splits.compare_runs/1"
 DEFAULT_TARGET = 3.28
 MIN_RUNS = 2  # a sample standard deviation needs two
 LOG_SUFFIXES = tuple(kind + packed for kind in (".txt", ".log") for packed in ("", ".gz", ".xz"))
+METRIC_TITLES = {"val_loss": "Loss", "val_bpb": "bpb"}
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+TIME_TESTS = {  # --time-test: what Time p then is
+    "welch-less": "Welch's t-test, one-sided (less)",
+    "welch-two-sided": "Welch's t-test, two-sided",
+    "student": "Student's t-test (pooled variance), one-sided (less)",
+    "paired": "paired t-test of interleaved runs, one-sided (less)",
+}
 TESTS = {
     "time_p": "Welch's t-test (unequal variances), one-sided 'less': mean time < that of the first row",
     "time_p_two_sided": "Welch's t-test (unequal variances), two-sided: the mean times differ",
@@ -141,6 +152,7 @@ class Trial:
     val: list[Point] = field(default_factory=list)
     train: list[Point] = field(default_factory=list)
     bpb: list[float] = field(default_factory=list)
+    measured: dict[bytes, bytes] = field(default_factory=dict)  # every key of the last validation line
     totals: set[int] = field(default_factory=set)
     last_step: int = -1
     stopped_early: bool = False  # a line says that the budget, not the schedule, ended the run
@@ -173,6 +185,7 @@ class Run:
     bpb: float | None = None
     loss_from: str = "last validation line"
     peak_mib: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # finite numbers of the last validation
 
     @property
     def complete(self) -> bool:
@@ -309,6 +322,7 @@ def add_val(trial: Trial, line: bytes, step: int) -> None:
     if last and seconds is not None and seconds < (last.seconds or 0):
         trial.conflict = trial.conflict or f"train_time goes back at step {step}"
     trial.val.append(point)
+    trial.measured = fields
     bpb = parse_number(fields.get(b"val_bpb", b""))
     if bpb is not None:
         trial.bpb.append(bpb)
@@ -403,6 +417,13 @@ def judge(trial: Trial, ours: bool, contest: bool, cut: bool) -> tuple[str, str]
     return ("incomplete", reason) if reason else ("complete", "")
 
 
+def metrics_of(trial: Trial, run: Run) -> dict[str, float]:
+    """What --metric can name: the finite numbers of the last validation line, or of the closing line."""
+    found = {key.decode(): parse_number(text) for key, text in trial.measured.items()}
+    found |= {"val_loss": run.loss, "val_bpb": run.bpb}
+    return {k: v for k, v in found.items() if k != "step" and v is not None and math.isfinite(v)}
+
+
 def parse_log(data: bytes, name: str, path: str) -> list[Run]:
     """Every run of one log, in order. Never raises: what cannot be read becomes a status and a reason."""
     digest = hashlib.sha256(data).hexdigest()
@@ -443,6 +464,7 @@ def parse_log(data: bytes, name: str, path: str) -> list[Run]:
             run.bpb = trial.bpb[-1] if len(trial.bpb) == len(trial.val) else None
         if trial.final:
             run.loss_from, run.loss, run.bpb = trial.final
+        run.metrics = metrics_of(trial, run)
         runs.append(run)
     return runs
 
@@ -458,6 +480,8 @@ class Arm:
     name: str
     runs: list[Run]
     seen: set[str]
+    metric: str = "val_loss"
+    higher: bool = False  # which side of the target is good
 
     @property
     def attempts(self) -> list[Run]:
@@ -471,11 +495,14 @@ class Arm:
 
 
 class Refusal(InputError):
-    """Runs that may not be averaged; `evidence` is the listing that shows why."""
+    """Runs that may not be averaged; `evidence` is the listing that shows why, `runs` are those at fault.
 
-    def __init__(self, message: str, evidence: str):
+    The plain table ends with the first of them. A verdict takes all of them as findings that block it.
+    """
+
+    def __init__(self, message: str, evidence: str, code: str, runs: Iterable[Run] = ()):
         super().__init__(message)
-        self.evidence = evidence
+        self.evidence, self.code, self.runs = evidence, code, tuple(runs)
 
 
 def printable(text: str) -> str:
@@ -649,8 +676,8 @@ def remedy(arm: Arm, group: list[Run], by_source: bool) -> str:
     return "its files by glob, or a folder each"
 
 
-def check_mixed(arm: Arm, ignore: set[str]) -> None:
-    """Refuse an arm whose runs are not repeats of one experiment, and show its groups."""
+def check_mixed(arm: Arm, ignore: set[str]) -> Iterator[Refusal]:
+    """An arm whose runs are not repeats of one experiment; the evidence shows its groups."""
     mixed = [key for key in mixed_traits(arm.attempts) if key not in ignore]
     if not mixed:
         return
@@ -671,15 +698,17 @@ def check_mixed(arm: Arm, ignore: set[str]) -> None:
         ]
     sizes = " + ".join(str(len(runs)) for _, runs in ordered)
     example = remedy(arm, ordered[0][1], "source" in mixed)
-    raise Refusal(
+    yield Refusal(
         f"{arm.name}: {sizes} runs that differ in {', '.join(mixed)} cannot be one arm (groups on stdout);"
         f" pass one group, such as {printable(example)}",
         "\n".join(lines),
+        "mixed",
+        (run for _, runs in ordered[1:] for run in runs),
     )
 
 
-def check_duplicates(arms: list[Arm]) -> None:
-    """Refuse runs that are counted twice: the same bytes, the same run_id, or the same measured lines."""
+def check_duplicates(arms: list[Arm]) -> Iterator[Refusal]:
+    """Runs that are counted twice: the same bytes, the same run_id, or the same measured lines."""
     seen: dict[tuple, tuple[Arm, Run]] = {}
     for arm in arms:
         for run in (r for r in arm.attempts if r.steps_done is not None):
@@ -689,116 +718,94 @@ def check_duplicates(arms: list[Arm]) -> None:
                 keys["run_id", run.head["run_id"]] = f"the same run_id {run.head['run_id']}"
             if sum(bool(p.seconds) for p in run.val) >= 2:
                 keys["val", *run.val] = "the same losses and times at every validation"
-            for key, what in keys.items():
-                if key in seen:
-                    other_arm, other = seen[key]
-                    where = arm.name if other_arm is arm else f"{other_arm.name} and {arm.name}"
-                    raise Refusal(
-                        f"{where}: {other.name} and {run.name} have {what}; a run counts once, leave one out",
-                        f"{other_arm.name}\n  {run_line(other)}\n{arm.name}\n  {run_line(run)}",
-                    )
-                seen[key] = (arm, run)
+            if same := next((key for key in keys if key in seen), None):
+                other_arm, other = seen[same]
+                where = arm.name if other_arm is arm else f"{other_arm.name} and {arm.name}"
+                yield Refusal(
+                    f"{where}: {other.name} and {run.name} have {keys[same]};"
+                    " a run counts once, leave one out",
+                    f"{other_arm.name}\n  {run_line(other)}\n{arm.name}\n  {run_line(run)}",
+                    "duplicate",
+                    (other, run),
+                )
+            seen |= dict.fromkeys(keys, (arm, run))
 
 
-def check_counts(arm: Arm) -> None:
-    """Refuse contradictory logs, fewer than two complete runs, and losses without variance."""
+def check_counts(arm: Arm) -> Iterator[Refusal]:
+    """Contradictory logs, fewer than two complete runs, and losses without variance."""
     listing = f"{arm.name}\n" + "\n".join("  " + run_line(run) for run in arm.runs)
     for run in arm.attempts:
         if run.status == "contradictory":
-            raise Refusal(
-                f"{arm.name}: {run.name} contradicts itself: {run.reason}; leave it out by glob", listing
-            )
+            message = f"{arm.name}: {run.name} contradicts itself: {run.reason}; leave it out by glob"
+            yield Refusal(message, listing, "contradictory", [run])
     done = arm.counted
     if len(done) < MIN_RUNS:
         failed = [f"{r.name} {r.status}: {r.reason}" for r in arm.attempts if not r.complete]
         why = f" ({some(failed)})" if failed else ""
-        raise Refusal(
+        yield Refusal(
             f"{arm.name}: {len(done)} complete run(s) of {len(arm.attempts)}{why};"
             f" a comparison needs at least {MIN_RUNS} complete runs in each arm, add runs",
             listing,
+            "few-runs",
         )
-    if sample_sd([run.loss for run in done]) == 0:
-        raise Refusal(
-            f"{arm.name}: all {len(done)} losses are {done[0].loss}: no variance, no t-test; add runs",
-            listing,
+        return
+    found = values(arm, "metric")
+    if found is None:
+        known = sorted(set.intersection(*(set(run.metrics) for run in done)))
+        raise InputError(
+            f"--metric {printable(arm.metric)}: not in every log of {arm.name};"
+            f" they hold {', '.join(known)}: choose one of these"
         )
+    if sample_sd(found) == 0:
+        what = "losses" if arm.metric == "val_loss" else f"values of {arm.metric}"
+        message = f"{arm.name}: all {len(done)} {what} are {found[0]}: no variance, no t-test; add runs"
+        yield Refusal(message, listing, "no-variance", done)
 
 
-def check_pair(base: Arm, arm: Arm, ignore: set[str]) -> None:
-    """Refuse to compare arms whose times or losses do not measure the same thing."""
+def check_pair(base: Arm, arm: Arm, ignore: set[str]) -> Iterator[Refusal]:
+    """Arms whose times or losses do not measure the same thing, and times without variance."""
+    if not (base.counted and arm.counted):
+        return
     ours, theirs = traits(arm.counted[0]), traits(base.counted[0])
     for key in ("hardware", "recipe", "data", "target", "validation interval"):
         if key not in ignore and ours[key] and theirs[key] and ours[key] != theirs[key]:
-            raise Refusal(
+            yield Refusal(
                 f"{base.name} and {arm.name} differ in {key}: {theirs[key]} against {ours[key]};"
                 " both arms of a comparison share it, run both alike or pass one arm at a time",
                 "\n".join(arm_line(a) for a in (base, arm)),
+                "different",
             )
     times = [[run.seconds for run in a.counted] for a in (base, arm)]
     if None not in times[0] + times[1] and sample_sd(times[0]) == sample_sd(times[1]) == 0:
-        raise Refusal(
+        yield Refusal(
             f"{base.name} and {arm.name}: no variance in the times of either arm, no t-test; add runs",
             "\n".join(arm_line(a) for a in (base, arm)),
+            "no-variance",
         )
+
+
+def refusals(arms: list[Arm], ignore: set[str]) -> Iterator[Refusal]:
+    """Every reason not to average or compare these arms, duplicates first."""
+    yield from check_duplicates(arms)
+    for arm in arms:
+        yield from check_mixed(arm, ignore)
+        yield from check_counts(arm)
+    for arm in arms[1:]:
+        yield from check_pair(arms[0], arm, ignore)
 
 
 def find_target(arms: list[Arm], given: float | None) -> tuple[float | None, str]:
     """(target, where it comes from); None for contest logs, which are judged by bits per byte."""
     if given is not None:
         return given, "--target"
-    logged = arms[0].counted[0].head.get("target")
+    if arms[0].metric != "val_loss":
+        return None, f"none: the logs' target is about val_loss, --target gives one for {arms[0].metric}"
+    logged = next((run.head["target"] for run in arms[0].counted if "target" in run.head), None)
     if logged is not None:
         return logged, f"the 'target:' line of the logs of {arms[0].name}"
     if any(run.kind == "contest" for arm in arms for run in arm.counted):
         return None, "none: contest logs are judged by val_bpb; give --target to test their losses"
     return DEFAULT_TARGET, "the default, because the logs name none"
-
-
-def find_warnings(arms: list[Arm]) -> list[str]:
-    """What weakens the comparison without making it meaningless, one sentence each."""
-    found, runs = [], [(arm, run) for arm in arms for run in arm.counted]
-    for key in ("host", "uuids", "driver", "torch", "triton", "python"):
-        by_value = defaultdict(Counter)
-        for arm, run in runs:
-            by_value[str(run.head.get(key, "not logged"))][arm.name] += 1
-        if len(by_value) > 1:
-            groups = [
-                f"{v} ({', '.join(f'{n} {c}' for n, c in counts.items())})" for v, counts in by_value.items()
-            ]
-            found.append(f"{key} differs between runs: {some(groups)}")
-    if not any("uuids" in run.head or "host" in run.head for _, run in runs):
-        found.append("the logs name neither GPU UUIDs nor host: one machine for all runs cannot be checked")
-    for arm in arms:
-        seeds = Counter(run.head["seed"] for run in arm.counted if "seed" in run.head)
-        repeated = [f"{seed} ({count} runs)" for seed, count in seeds.items() if count > 1]
-        if repeated:
-            found.append(f"{arm.name}: same-seed repeats are not independent losses: seed {some(repeated)}")
-        if dirty := [run.name for run in arm.counted if run.head.get("dirty") == "true"]:
-            found.append(f"{arm.name}: uncommitted changes in {some(dirty)}")
-        if any(run.kind == "llm.c" for run in arm.counted):
-            found.append(
-                f"{arm.name}: llm.c logs name no total of steps, so a cut at a validation would not show"
-            )
-        if (
-            arm is not arms[0]
-            and arm.counted[0].source
-            and arm.counted[0].source == arms[0].counted[0].source
-        ):
-            found.append(
-                f"{arm.name} has the source of {arms[0].name}: this is a baseline against itself (A/A)"
-            )
-    if len(arms) > 1 and all("started" in run.head for _, run in runs):
-        order = [arm.name for arm, run in sorted(runs, key=lambda pair: pair[1].head["started"])]
-        if sum(a != b for a, b in pairwise(order)) == len(arms) - 1:
-            found.append(
-                "the arms ran one after the other, not interleaved: drift looks like a gain or a loss"
-            )
-    used = {os.path.realpath(run.path) for arm in arms for run in arm.runs}
-    unused = sorted({path for arm in arms for path in arm.seen} - used)
-    if unused:
-        names = some([printable(os.path.basename(path)) for path in unused], 8)
-        found.append(f"{len(unused)} log(s) in the same folders are in no arm: {names}")
-    return found
 
 
 # 4. report --------------------------------------------------------------------------------------------------
@@ -824,50 +831,75 @@ class Row:
 
 
 def values(arm: Arm, key: str) -> list[float] | None:
-    """One number of each counted run, or None if a run has none."""
-    found = [getattr(run, key) for run in arm.counted]
+    """One number of each counted run, or None if a run has none; `metric` is the one compared."""
+    metric = arm.metric if key == "metric" else key
+    found = [run.metrics.get(metric) if metric not in MEASURES else getattr(run, key) for run in arm.counted]
     return None if None in found else found
 
 
-def make_row(arm: Arm, base: Arm, target: float | None) -> Row:
+def time_p_of(test: str, times: list[float], base_times: list[float]) -> float:
+    """The p-value of an unpaired --time-test."""
+    if test == "student":
+        from recordbook.statistics import student
+
+        return student(times, base_times).p
+    return (welch_two_sided if test == "welch-two-sided" else welch_less)(times, base_times)
+
+
+def paired_p(base: Arm, arm: Arm) -> float:
+    """The one-sided p-value of the paired test; refused if the runs were not interleaved in pairs."""
+    from recordbook import statistics
+    from recordbook.verdict import paired_times
+
+    try:
+        return statistics.paired(*paired_times(base, arm)).test.p
+    except ValueError as error:
+        raise InputError(f"--time-test paired: {error}; choose another test") from None
+
+
+def make_row(arm: Arm, base: Arm, target: float | None, test: str = "welch-less") -> Row:
     """The statistics of an arm against the first row and the target."""
-    losses, base_losses = values(arm, "loss"), values(base, "loss")
+    losses, base_losses = values(arm, "metric"), values(base, "metric")
     times, base_times = values(arm, "seconds"), values(base, "seconds")
     bpbs, base_bpbs = values(arm, "bpb"), values(base, "bpb")
     tested = bool(times and base_times and arm is not base)
+    sign, time_p = -1 if arm.higher else 1, None
+    if tested:
+        time_p = paired_p(base, arm) if test == "paired" else time_p_of(test, times, base_times)
     return Row(
         runs=len(losses),
         time_mean=mean(times) if times else None,
         time_sd=sample_sd(times) if times else None,
         time_diff=mean(times) - mean(base_times) if times and base_times else None,
-        time_p=welch_less(times, base_times) if tested else None,
+        time_p=time_p,
         time_p_two_sided=welch_two_sided(times, base_times) if tested else None,
         loss_mean=mean(losses),
         loss_sd=sample_sd(losses),
         loss_diff=mean(losses) - mean(base_losses),
-        loss_p=one_sample_less(losses, target) if target is not None else None,
+        loss_p=one_sample_less([sign * x for x in losses], sign * target) if target is not None else None,
         bpb_mean=mean(bpbs) if bpbs else None,
         bpb_sd=sample_sd(bpbs) if bpbs else None,
         bpb_diff=mean(bpbs) - mean(base_bpbs) if bpbs and base_bpbs else None,
     )
 
 
-def table(names: list[str], rows: list[Row]) -> str:
+def table(names: list[str], rows: list[Row], metric: str = "val_loss", markdown: bool = False) -> str:
     """The community's table to its last digit; bits per byte follow where every run has them."""
+    loss = METRIC_TITLES.get(metric, metric)
     columns = [
         ("Runs", "runs"),
         ("Time \u03bc", "time_mean"),
         ("Time \u03c3", "time_sd"),
         ("Time +/-", "time_diff"),
         ("Time p", "time_p"),
-        ("Loss \u03bc", "loss_mean"),
-        ("Loss \u03c3", "loss_sd"),
-        ("Loss +/-", "loss_diff"),
+        (f"{loss} \u03bc", "loss_mean"),
+        (f"{loss} \u03c3", "loss_sd"),
+        (f"{loss} +/-", "loss_diff"),
         ("p", "loss_p"),
     ]
     if len(rows) == 1:
         columns = [column for column in columns if column[1] != "time_p"]
-    if any(row.bpb_mean is not None for row in rows):
+    if metric != "val_bpb" and any(row.bpb_mean is not None for row in rows):
         columns += [("bpb \u03bc", "bpb_mean"), ("bpb \u03c3", "bpb_sd"), ("bpb +/-", "bpb_diff")]
 
     def cell(row: Row, key: str) -> str:
@@ -876,6 +908,13 @@ def table(names: list[str], rows: list[Row]) -> str:
             return "NaN" if key == "time_p" and row is rows[0] and row.time_mean is not None else "-"
         return str(value) if key == "runs" else f"{value:.4f}"
 
+    if markdown:
+        cells = [
+            [name.replace("|", "\\|"), *(cell(row, key) for _, key in columns)]
+            for name, row in zip(names, rows, strict=True)
+        ]
+        heads = [["", *(title for title, _ in columns)], ["---", *["---:"] * len(columns)]]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [*heads, *cells])
     width = max(map(len, names))
     lines = [" " * width, *(name.ljust(width) for name in names)]
     for title, key in columns:
@@ -900,7 +939,7 @@ def run_line(run: Run) -> str:
 
 def arm_line(arm: Arm) -> str:
     """What the runs of an arm share, and how many of them count."""
-    facts = [v for k, v in traits(arm.counted[0]).items() if v and k != "clock"]
+    facts = [v for k, v in traits((arm.counted or arm.attempts)[0]).items() if v and k != "clock"]
     return f"{arm.name}: {len(arm.attempts)} attempts, {len(arm.counted)} complete; {', '.join(facts)}"
 
 
@@ -911,49 +950,120 @@ def lists(arm: Arm) -> str:
         found = values(arm, key)
         return f"[{', '.join(f'{x:.4f}' for x in found)}]" if found else "-"
 
-    lines = [f"{arm.name}:", f"  losses = {show('loss')}", f"  times  = {show('seconds')}"]
-    if values(arm, "bpb"):
+    lines = [f"{arm.name}:", f"  losses = {show('metric')}", f"  times  = {show('seconds')}"]
+    if values(arm, "bpb") and arm.metric != "val_bpb":
         lines.append(f"  bpb    = {show('bpb')}")
     return "\n".join([*lines, f"  (n = {len(arm.counted)})"])
 
 
-def explain(arms: list[Arm], rows: list[Row], target: float | None, origin: str) -> str:
+def explain(arms: list[Arm], rows: list[Row], target: float | None, origin: str, test: str) -> list[str]:
     """Which test each p is, with its value at full use, and where the target comes from."""
     lines = []
     if len(arms) > 1:
-        lines.append(
-            f"Time p: Welch's t-test, one-sided (less): is the mean time below that of {arms[0].name}?"
-        )
+        question = "differ from" if test == "welch-two-sided" else "below"
+        what = f"is the mean time below that of {arms[0].name}?"
+        if test == "welch-two-sided":
+            what = f"does the mean time {question} that of {arms[0].name}?"
+        lines.append(f"Time p: {TIME_TESTS[test]}: {what}")
     for arm, row in zip(arms, rows, strict=True):
         if row.time_p is not None:
             lines.append(f"  {arm.name}: p = {row.time_p:.4g} (two-sided: {row.time_p_two_sided:.4g})")
         if row.time_mean is None:
             lines.append(f"  {arm.name}: no times, because {arm.counted[0].kind} logs hold no train_time")
     if target is not None:
-        lines.append(f"p: one-sample t-test, one-sided (less): is the mean loss below the target {target:g}?")
+        side, way = ("above", "greater") if arms[0].higher else ("below", "less")
+        what = "loss" if arms[0].metric == "val_loss" else arms[0].metric
+        lines.append(
+            f"p: one-sample t-test, one-sided ({way}): is the mean {what} {side} the target {target:g}?"
+        )
         lines += [f"  {a.name}: p = {r.loss_p:.4g}" for a, r in zip(arms, rows, strict=True)]
     lines.append(f"Target: {f'{target:g}, ' if target is not None else ''}{origin}.")
     labels = sorted({run.loss_from for arm in arms for run in arm.counted})
     lines.append(f"Losses: {', '.join(labels)} of each run. +/- is against the first row.")
-    return "\n".join(lines)
+    return lines
 
 
-def report(arms: list[Arm], rows: list[Row], target: float | None, origin: str, warnings: list[str]) -> str:
-    """Everything that is printed: table, lists, tests, every run launched, warnings."""
-    parts = [table([arm.name for arm in arms], rows), *map(lists, arms), explain(arms, rows, target, origin)]
+@dataclass
+class Outcome:
+    """All that one call found; `rows` is empty if a verdict was asked of runs that may not be averaged."""
+
+    arms: list[Arm]
+    rows: list[Row]
+    target: float | None
+    origin: str
+    time_test: str
+    metric: str
+    preface: list[str]  # how --by made the arms
+    refused: list[Refusal]
+    findings: list  # recordbook.integrity.Finding
+    words: list[str]
+    verdicts: list  # recordbook.verdict.Verdict; empty if none was asked for
+    rules: list[str]  # of each verdict, in one line
+
+    @property
+    def code(self) -> int:
+        """The exit code: 0 if every verdict accepts, 1 if one rejects, else 4."""
+        outcomes = {verdict.outcome for verdict in self.verdicts} - {"ACCEPT"}
+        return 1 if "REJECT" in outcomes else 4 if outcomes else 0
+
+
+def finding_line(finding) -> str:
+    """A finding with its level, and the files that its sentence does not name."""
+    unnamed = [name for name in finding.files if name not in finding.text]
+    files = f" ({some(unnamed)})" if unnamed else ""
+    return f"{finding.level}: {finding.text}{files}"
+
+
+def sections(outcome: Outcome) -> list[tuple[str, list[str]]]:
+    """(title, lines) of all that is printed below the table; no title for what needs none."""
+    arms, found = outcome.arms, []
+    if outcome.rows:
+        found += [("", lists(arm).split("\n")) for arm in arms]
+        found.append(("", explain(arms, outcome.rows, outcome.target, outcome.origin, outcome.time_test)))
+        found.append(("In plain words:", outcome.words))
     for arm in arms:
-        parts.append("\n".join([arm_line(arm), *("  " + run_line(run) for run in arm.runs)]))
+        found.append(("", [arm_line(arm), *("  " + run_line(run) for run in arm.runs)]))
     failed = [(arm, run) for arm in arms for run in arm.runs if not run.complete]
-    left = [f"  {arm.name}: {run.name} {run.status}: {printable(run.reason)}" for arm, run in failed]
-    if left:
-        parts.append("\n".join(["Not counted:", *left]))
-    if warnings:
-        parts.append("\n".join(["Warnings:", *(f"  {text}" for text in warnings)]))
+    left = [f"{arm.name}: {run.name} {run.status}: {printable(run.reason)}" for arm, run in failed]
+    found.append(("Not counted:", left))
+    found.append(("Findings:", [finding_line(finding) for finding in outcome.findings]))
+    for verdict, rules in zip(outcome.verdicts, outcome.rules, strict=True):
+        title = f"Verdict on {verdict.candidate}: {verdict.line}"
+        found.append((title, [f"({rules})", *(f"{r.state}: {r.text}" for r in verdict.reasons)]))
+    return [(title, lines) for title, lines in found if lines]
+
+
+def report(outcome: Outcome) -> str:
+    """Everything that is printed: table, lists, tests, every run launched, findings, verdict."""
+    parts = ["\n".join(outcome.preface)] if outcome.preface else []
+    if outcome.rows:
+        parts.append(table([arm.name for arm in outcome.arms], outcome.rows, outcome.metric))
+    else:
+        parts += dict.fromkeys(refusal.evidence for refusal in outcome.refused if refusal.code == "mixed")
+    for title, lines in sections(outcome):
+        parts.append("\n".join([title, *("  " + line for line in lines)] if title else lines))
     return "\n\n".join(parts)
 
 
-def as_json(arms: list[Arm], rows: list[Row], target: float | None, origin: str, warnings: list[str]) -> dict:
+def report_markdown(outcome: Outcome) -> str:
+    """The same for a pull request: table, verdict and findings in Markdown, the rest as it is."""
+    parts, below = [], []
+    if outcome.rows:
+        parts.append(table([arm.name for arm in outcome.arms], outcome.rows, outcome.metric, markdown=True))
+    for title, lines in sections(outcome):
+        if title:
+            items = "\n".join(f"- {line.strip()}" for line in lines)
+            (parts if title.startswith("Verdict") else below).append(f"**{title}**\n\n{items}")
+        else:
+            below.append("\n".join(["```", *lines, "```"]))
+    preface = ["\n".join(["```", *outcome.preface, "```"])] if outcome.preface else []
+    return "\n\n".join(preface + parts + below)
+
+
+def as_json(outcome: Outcome, statistics: dict) -> dict:
     """The same at full precision; a number that is not finite becomes null."""
+    arms, rows = outcome.arms, outcome.rows or [None] * len(outcome.arms)
+    tests = TESTS | ({"time_p": TIME_TESTS[outcome.time_test]} if outcome.time_test != "welch-less" else {})
 
     def finite(value):
         return value if value is None or math.isfinite(value) else None
@@ -969,6 +1079,7 @@ def as_json(arms: list[Arm], rows: list[Row], target: float | None, origin: str,
             {key: getattr(run, key) for key in facts}
             | measured
             | {
+                "metrics": run.metrics,
                 "counted": run.complete,
                 "head": run.head,
                 "val": points(run.val),
@@ -979,19 +1090,24 @@ def as_json(arms: list[Arm], rows: list[Row], target: float | None, origin: str,
 
     return {
         "schema": SCHEMA,
-        "target": target,
-        "target_from": origin,
-        "tests": TESTS,
+        "target": outcome.target,
+        "target_from": outcome.origin,
+        "metric": outcome.metric,
+        "tests": tests,
         "points": ["step", "loss", "seconds"],
-        "warnings": warnings,
+        "findings": [vars(finding) | {"files": list(finding.files)} for finding in outcome.findings],
+        "plain_words": outcome.words,
+        "statistics": statistics,
+        "verdicts": [verdict_json(verdict) for verdict in outcome.verdicts],
+        "exit_code": outcome.code,
         "arms": [
             {
                 "name": arm.name,
                 "argument": arm.arg,
                 "attempts": len(arm.attempts),
                 "complete": len(arm.counted),
-                "row": vars(row),
-                "losses": values(arm, "loss"),
+                "row": row and vars(row),
+                "losses": values(arm, "metric"),
                 "times": values(arm, "seconds"),
                 "bpb": values(arm, "bpb"),
                 "runs": [record(run) for run in arm.runs],
@@ -999,6 +1115,14 @@ def as_json(arms: list[Arm], rows: list[Row], target: float | None, origin: str,
             for arm, row in zip(arms, rows, strict=True)
         ],
     }
+
+
+def verdict_json(verdict) -> dict:
+    """A verdict without what stands elsewhere in the file."""
+    from recordbook.verdict import plain
+
+    kept = {key: value for key, value in vars(verdict).items() if key not in ("findings", "statistics")}
+    return plain(kept | {"line": verdict.line, "p": verdict.p})
 
 
 # 5. plot ----------------------------------------------------------------------------------------------------
@@ -1148,13 +1272,29 @@ arms:
   these with @<first digits of the source hash>; all runs of an arm share source, steps, validation interval,
   hardware, recipe, data and target, or the arm is refused and its groups are shown
 
+verdict:
+  --claim systems  the maths is the same: faster, and the loss not worse by the track's margin
+  --claim ml       it is not: faster, the target reached, faster at equal loss if the track says its price
+  --track NAME     rules of records/NAME/track.toml; without it alpha 0.01, margin 0.002, 4 runs of each arm
+  Each reason passes, fails, or stays open for want of runs. What a verdict refuses to rest on is a finding.
+
+subcommands:
+  compare_runs.py diff A B              what changed between the sources of two logs
+  compare_runs.py replay LOG FOLDER     write the sources of a log into a folder, ready to run
+  compare_runs.py plan ...              how many runs a claim needs
+
 examples:
   compare_runs.py logs/baseline logs/candidate
   compare_runs.py 'logs/ab/base_*' 'logs/ab/new_*' --plot ab.png
   compare_runs.py logs/ab@1e951856 logs/ab@c09cf162 --json ab.json
+  compare_runs.py logs/ab --by source --track sprint --claim systems
+  compare_runs.py logs/ab --by steps=1670,1705
   compare_runs.py logs/candidate --target 3.28
 
-exit codes: 0 done, 2 bad input (one line on stderr says what, why and what to do)"""
+exit codes: 0 ACCEPT or no verdict asked, 1 REJECT, 4 INCONCLUSIVE,
+  2 bad input (one line on stderr says what, why and what to do)"""
+BY = ("source", "steps", "prefix")
+NUMBERING = re.compile(r"[-_.]?([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]+|[0-9a-f]{8,}|\d[\dT:_-]*)$")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -1169,45 +1309,221 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "baseline", metavar="BASELINE", help="the first arm: every +/- and Time p is against it"
     )
     parser.add_argument("candidates", metavar="CANDIDATE", nargs="*", default=[], help="further arms")
-    parser.add_argument("--json", metavar="FILE", help="write every number, run and warning to FILE")
-    parser.add_argument("--plot", metavar="FILE", help="draw the runs to FILE (.png, .svg or .pdf)")
-    parser.add_argument("--target", metavar="X", help="target loss; else that of the logs, else 3.28")
+    add = parser.add_argument
+    add("--by", metavar="KIND", help="split the logs by source, steps or prefix; =A,B picks and orders")
+    add("--track", metavar="NAME", help="the rules of a verdict: a track's name or its track.toml")
+    add("--claim", choices=("systems", "ml"), help="ask for a verdict on this kind of claim")
+    add("--time-test", choices=tuple(TIME_TESTS), help="what Time p is; the verdict's, without a track")
+    add("--metric", metavar="KEY", help="key of the step lines to compare, val_loss if left out; KEY:higher")
+    add("--alpha", metavar="X", help="level of each test of the verdict, without a track")
+    add("--target", metavar="X", help="target loss; else that of the logs, else 3.28")
+    add("--json", metavar="FILE", help="write every number, run, finding and verdict to FILE")
+    add("--plot", metavar="FILE", help="draw the runs to FILE (.png, .svg or .pdf)")
+    add("--markdown", action="store_true", help="print Markdown")
     return parser.parse_args(argv)
 
 
-def compare(argv: list[str] | None) -> str:
-    """Load, check, test, write the files asked for; returns the report."""
+def group_key(run: Run, kind: str) -> str | None:
+    """The group of a run for --by; None if its log does not say."""
+    if kind == "source":
+        return run.source and run.source[:12]
+    if kind == "steps":
+        return None if run.steps_planned is None else str(run.steps_planned)
+    name = re.sub(r"\.(txt|log)(\.gz|\.xz)?(#\d+)?$", "", run.name)
+    folder, _, file = name.rpartition("/")
+    return os.path.join(folder, NUMBERING.sub("", file)) or "(no prefix)"
+
+
+def split_arms(pooled: list[Arm], by: str) -> tuple[list[Arm], list[str]]:
+    """(arms, lines that show them) by source, steps or prefix: the first to start is the baseline."""
+    kind, _, wanted = by.partition("=")
+    if kind not in BY:
+        raise InputError(f"--by {printable(by)}: must be one of {', '.join(BY)}; choose one")
+    groups: dict[str, list[Run]] = {}
+    for run in sorted((run for arm in pooled for run in arm.attempts), key=started):
+        if (key := group_key(run, kind)) is not None:
+            groups.setdefault(key, []).append(run)
+    if not groups:
+        raise InputError(f"--by {printable(by)}: no log names its {kind}; name the arms by folder or glob")
+    for pick in filter(None, wanted.split(",")):
+        found = [key for key in groups if key == pick or (kind == "source" and key.startswith(pick[:12]))]
+        if len(found) != 1:
+            known = ", ".join(groups)
+            raise InputError(
+                f"--by {printable(by)}: {printable(pick)} fits {len(found)} of {printable(known)}"
+            )
+        groups[found[0]] = groups.pop(found[0])  # to the end, in the order given
+    if wanted:
+        groups = dict(list(groups.items())[-len(list(filter(None, wanted.split(",")))) :])
+    seen = set().union(*(arm.seen for arm in pooled))
+    arms = [Arm(pooled[0].arg, f"{kind} {key}", runs, seen) for key, runs in groups.items()]
+    shown = [f"  {arm.name}: {len(arm.runs)} run(s): {some([r.name for r in arm.runs])}" for arm in arms]
+    return arms, [f"Arms by {kind}, the first is the baseline:", *map(printable, shown)]
+
+
+def started(run: Run) -> tuple[str, str]:
+    """Sort key: when a run started, as far as its log says it, then its name."""
+    return run.head.get("started", "~"), run.name
+
+
+def metric_of(text: str | None) -> tuple[str, bool]:
+    """(key, higher is better) of --metric: accuracies are better when higher, all else when lower."""
+    key, _, side = (text or "val_loss").partition(":")
+    if side not in ("", "lower", "higher") or not re.fullmatch(r"[A-Za-z]\w*", key):
+        raise InputError(f"--metric {printable(text)}: must be a key such as val_bpb, or val_acc:higher")
+    return key, side == "higher" if side else key.endswith(("acc", "accuracy"))
+
+
+def find_rules(name: str):
+    """The track of a name, a folder or a file."""
+    from recordbook.tracks import FILE, find_track, load_track
+
+    if os.path.isdir(name) and os.path.isfile(os.path.join(name, FILE)):
+        return load_track(os.path.join(name, FILE))
+    return load_track(name) if name.endswith(".toml") or os.path.isfile(name) else find_track(name)
+
+
+def check_rules(args: argparse.Namespace, track) -> None:
+    """A track's rules are not changed from the command line; without a claim --alpha means nothing."""
+    if track is None:
+        if args.alpha is not None and args.claim is None:
+            raise InputError("--alpha: is for a verdict; give --claim systems or --claim ml too")
+        return
+    key, higher = metric_of(args.metric)
+    fixed = {
+        "--alpha": args.alpha is None,
+        "--target": args.target is None or parse_number(args.target.encode()) == track.target,
+        "--time-test": args.time_test in (None, track.time_test),
+        "--metric": args.metric is None or (key, higher) == (track.metric, track.direction == "higher"),
+    }
+    if changed := [option for option, kept in fixed.items() if not kept]:
+        raise InputError(f"{', '.join(changed)}: the rules of track {track.name} are fixed; leave it out")
+    if args.claim is None and len(track.claims) > 1:
+        known = " or ".join(f"--claim {claim}" for claim in track.claims)
+        raise InputError(f"--track {track.name}: accepts several claims; add {known}")
+    args.claim = args.claim or track.claims[0]
+
+
+def alpha_number(text: str | None) -> float | None:
+    """--alpha as a number in (0, 0.5)."""
+    value = None if text is None else parse_number(text.encode())
+    if text is not None and (value is None or not 0 < value < 0.5):
+        raise InputError(f"--alpha {printable(text)}: must be above 0 and below 0.5, such as 0.01")
+    return value
+
+
+def load_arms(args: argparse.Namespace) -> tuple[list[Arm], list[str]]:
+    """(arms of the command line, how --by made them)."""
+    arms, preface = [load_arm(arg) for arg in (args.baseline, *args.candidates)], []
+    if args.by:
+        arms, preface = split_arms(arms, args.by)
+    else:
+        name_arms(arms)
+    return arms, preface
+
+
+def judge_arms(args: argparse.Namespace, track, outcome: Outcome, ignore: set[str]) -> None:
+    """Fill in the verdicts."""
+    from recordbook import verdict
+
+    if len(outcome.arms) < 2:
+        raise InputError(f"--claim {args.claim}: a verdict needs a baseline and a candidate; name two arms")
+    target = outcome.target
+    track = track or verdict.rules(outcome.arms[0], target, alpha_number(args.alpha), args.time_test)
+    outcome.verdicts = verdict.decide_all(outcome.arms, track, args.claim, ignore)
+    outcome.rules = [verdict.described(track, v.claim, v.alpha) for v in outcome.verdicts]
+
+
+def describe(args: argparse.Namespace, track, outcome: Outcome) -> None:
+    """Fill in findings and plain words. compare_runs.py alone, without recordbook/, prints the table."""
+    try:
+        from recordbook import integrity, verdict
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("recordbook"):
+            raise
+        outcome.words = ["recordbook/ is not beside compare_runs.py, so the runs were not checked further"]
+        return
+    outcome.findings = integrity.find(outcome.arms, args.claim, track, outcome.refused)
+    if outcome.rows:
+        outcome.words = verdict.words(outcome.arms, outcome.target)
+
+
+def statistics_of(args: argparse.Namespace, track, outcome: Outcome) -> dict:
+    """{candidate: every statistic} for --json."""
+    from recordbook import verdict
+
+    if not outcome.rows:
+        return {}
+    base, found = outcome.arms[0], {v.candidate: v.statistics for v in outcome.verdicts}
+    rules = track or verdict.rules(base, outcome.target, alpha_number(args.alpha), args.time_test)
+    for arm in outcome.arms[1:]:
+        found.setdefault(arm.name, verdict.analyse(base, arm, rules))
+    return verdict.plain(found)
+
+
+def compare(argv: list[str] | None) -> tuple[str, int]:
+    """Load, check, test, judge, write the files asked for; returns the report and the exit code."""
     args = parse_args(argv)
     given = target_number(args.target) if args.target is not None else None
+    alpha_number(args.alpha)
+    track = find_rules(args.track) if args.track is not None else None
+    check_rules(args, track)
+    metric, higher = (track.metric, track.direction == "higher") if track else metric_of(args.metric)
     check_output(args.plot, "--plot", PLOT_SUFFIXES, [])
-    arms = [load_arm(arg) for arg in (args.baseline, *args.candidates)]
-    name_arms(arms)
+    arms, preface = load_arms(args)
     check_output(args.json, "--json", (), arms)
     check_output(args.plot, "--plot", PLOT_SUFFIXES, arms)
-    ignore = {"target"} if given is not None else set()
-    check_duplicates(arms)
     for arm in arms:
-        check_mixed(arm, ignore)
-        check_counts(arm)
-    for arm in arms[1:]:
-        check_pair(arms[0], arm, ignore)
-    target, origin = find_target(arms, given)
-    rows = [make_row(arm, arms[0], target) for arm in arms]
-    warnings = find_warnings(arms)
+        arm.metric, arm.higher = metric, higher
+    ignore = {"target"} if given is not None or track or metric != "val_loss" else set()
+    refused = list(refusals(arms, ignore)) if args.claim else []
+    if not args.claim:
+        for refusal in refusals(arms, ignore):
+            refusal.evidence = "\n".join([*preface, refusal.evidence])
+            raise refusal
+    target, origin = (track.target, f"track {track.name}") if track else find_target(arms, given)
+    test = (track.time_test if track else args.time_test) or "welch-less"
+    shown = (
+        "welch-less" if test == "paired" and args.claim else test
+    )  # the verdict says why there are no pairs
+    rows = [] if refused else [make_row(arm, arms[0], target, shown) for arm in arms]
+    outcome = Outcome(arms, rows, target, origin, shown, metric, preface, refused, [], [], [], [])
+    describe(args, track, outcome)
+    if args.claim:
+        judge_arms(args, track, outcome, ignore)
     if args.json:
-        text = json.dumps(as_json(arms, rows, target, origin, warnings), indent=1, allow_nan=False) + "\n"
+        content = as_json(outcome, statistics_of(args, track, outcome))
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         replace_file(args.json, lambda temporary: Path(temporary).write_text(text))
     if args.plot:
+        if not rows:
+            raise InputError("--plot: these runs cannot be averaged, see the verdict; leave --plot out")
         save_plot(arms, target, args.plot)
-    return report(arms, rows, target, origin, warnings)
+    return (report_markdown if args.markdown else report)(outcome), outcome.code
+
+
+def subcommand(argv: list[str]) -> tuple[str, int] | None:
+    """(text, exit code) of diff, replay and plan; None if the first word is none of them."""
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("diff", "replay"):
+        from recordbook import sources
+
+        text = (sources.diff_command if name == "diff" else sources.replay_command)(rest)
+        return text.rstrip("\n"), 0
+    if name == "plan":
+        from recordbook import runs
+
+        return "", runs.main(["plan", *rest])
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; exit code 0, or 2 with one line on stderr. A closed pipe is not an error."""
+    """Print the report; the exit code, which is 2 with one line on stderr. A closed pipe is no error."""
     sys.stdout.reconfigure(errors="backslashreplace")
-    text, error = "", None
+    text, code, error = "", 0, None
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        text = compare(argv)
+        text, code = subcommand(argv) or compare(argv)
     except InputError as refusal:
         text, error = getattr(refusal, "evidence", ""), refusal
     try:
@@ -1219,8 +1535,9 @@ def main(argv: list[str] | None = None) -> int:
             error = error or InputError(f"stdout: cannot be written ({failure.strerror}); send it elsewhere")
     if error:
         print(f"compare_runs.py: {error}", file=sys.stderr)
-    return 2 if error else 0
+    return 2 if error else code
 
 
 if __name__ == "__main__":
+    sys.modules["compare_runs"] = sys.modules["__main__"]  # recordbook imports this file: one InputError
     sys.exit(main())
