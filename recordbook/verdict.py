@@ -473,12 +473,15 @@ def decide(
     refused = list(refusals(pair, {"target"}) if refused is None else refused)
     findings = find(pair, claim, track, refused)
     n, found, reasons = min(len(arm.counted) for arm in pair), {}, []
+    failed = len(failed_runs(pair, candidate)) + lost_failures(pair, candidate)
+    if failed > len(candidate.counted):
+        text = f"failed: {failed} run(s) of {candidate.name} failed, {len(candidate.counted)} ended well"
+        reasons.append(Reason("failed", FAIL, text))
     if not refused:
         found = analyse(baseline, candidate, track, alpha)
-        failed = len(failed_runs(pair, candidate)) + lost_failures(pair, candidate)
         early_stop = any(series.early_stop for series in all_series(pair))
         case = Case(baseline, candidate, track, alpha, found, failed, early_stop)
-        reasons = [reason for test in CRITERIA[claim] if (reason := test(case))]
+        reasons += [reason for test in CRITERIA[claim] if (reason := test(case))]
         reasons += [*failed_reasons(case, claim), runs_reason(case)]
     reasons += finding_reasons(findings, n, track)
     outcome, more = outcome_of(reasons, n)

@@ -719,7 +719,6 @@ def test_calibration_refuses(args, says, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_calibration_in_the_long_form(losses):
     """A tenth of --long: the same bounds with smaller errors, and the power of the design document."""
     rows = calibration.measure(losses, seed=1, long=True, trials=100_000)

@@ -208,6 +208,16 @@ def test_failed_runs_are_infinite_times(pair, capsys):
     assert "3 failed run(s) count as infinite time and loss" in str(judge(args).findings)
 
 
+def test_a_candidate_that_always_crashes_is_rejected(pair, capsys):
+    args = pair()
+    for path in Path(args[1]).iterdir():
+        path.unlink()
+    crash(args[1], "bad")
+    crash(args[1], "worse")
+    assert cr.main([*args, "--claim", "ml"]) == 1
+    assert "fail: failed: 2 run(s) of new failed, 0 ended well" in capsys.readouterr().out
+
+
 def test_several_candidates_share_alpha(pair, tmp_path, capsys):
     """Holm: the weaker of two is tested at alpha, the stronger at half of it."""
     base, new = pair()
