@@ -105,11 +105,10 @@ def test_window_bound_covers_the_final_validation():
     assert (TINY.max_window, SPRINT.max_window, SHORT.max_window) == (384, 2560, 2560)
 
 
-def test_ramp():
-    points = ((0, 1.0), (10, 3.0), (20, 3.0), (30, 0.0))
-    assert [tg.ramp(points, x) for x in (-5, 0, 5, 10, 15, 20, 29, 30, 99)] == pytest.approx(
-        [1, 1, 2, 3, 3, 3, 0.3, 0, 0]
-    )
+def test_momentum_is_linear_between_its_points_and_constant_outside():
+    recipe = dataclasses.replace(SPRINT, momentum=((10, 0.5), (20, 0.9), (30, 0.9), (40, 0.1)))
+    found = [tg.at(recipe, step).momentum for step in (0, 10, 15, 20, 25, 30, 35, 40, 99)]
+    assert found == pytest.approx([0.5, 0.5, 0.7, 0.9, 0.9, 0.9, 0.5, 0.1, 0.1])
 
 
 def yarn_by_hand(windows: list[int], count: int) -> tuple[list[float], float]:
