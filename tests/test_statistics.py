@@ -25,7 +25,7 @@ NEW, BASE = [x / 1000 for x in NEW], [x / 1000 for x in BASE]
 ALTERNATING = [x for pair in zip(NEW, BASE, strict=True) for x in pair]
 SMALL = ([3.1, 2.9, 3.4, 2.7, 3.3], [3.6, 3.2, 3.9, 3.5])
 # Of numpy and scipy; not "error" alone: that also catches what other tests leave to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::DeprecationWarning")
 
 
 # t-tests ----------------------------------------------------------------------------------------------------
