@@ -53,7 +53,7 @@ import triton_kernels as kernels
 GATE_DIM = 12  # gates read this many channels of their input
 BANK_MULTIPLE = 8  # matrices of a bank are padded to a multiple of this, so that 8 ranks share them evenly
 VOCAB_MULTIPLE = 128  # padded vocabulary rows take part in the softmax and are never masked
-ADAM_WIDTH, STEPS_AHEAD = 1024, 4
+ADAM_WIDTH, STEPS_AHEAD = 1024, 4  # columns of Adam's views of a parameter; steps packed before their turn
 GRAD_SCALE = 1 / 8  # the optimizer sees (sum of token losses of the global batch) / 8 at any world size
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 PROJECT = Path(__file__).resolve().parent
@@ -1201,7 +1201,7 @@ class Passes:
         if sched.stage not in self.graphs:
             *batch, mtp_K = inputs = [x.clone() for x in (*micro, knobs.mtp_K)]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # NCCL has a thread
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # NCCL's may go on
                 loss = self.eager(batch, knobs._replace(mtp_K=mtp_K))
             self.graphs[sched.stage], self.pool = (graph, inputs, loss), graph.pool()
         graph, inputs, loss = self.graphs[sched.stage]
@@ -1397,9 +1397,9 @@ def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[C
     backend = next(name for name, is_usable, _ in backends if is_usable)
     reasons = "; ".join(f"no {name}: {why}" for name, is_usable, why in backends if not is_usable)
     lines.append(f"attention backend {backend}" + (f" ({reasons})" if reasons else ""))
-    reason = kernels.fp8_available(ranks.device)[1]
+    reason, instead = kernels.fp8_available(ranks.device)[1], str(dtype).removeprefix("torch.")
     problems = {"head": reason, "qkv": reason, "mlp": reason or kernels.tma_problem(ranks.device)}
-    lines += [f"{x}: {str(dtype)[6:]} instead of FP8 ({problems[x]})" for x in recipe.fp8 if problems[x]]
+    lines += [f"{x}: {instead} instead of FP8 ({problems[x]})" for x in recipe.fp8 if problems[x]]
     return Config(
         recipe=recipe, vocab_size=corpus.vocab_size, slots=slots, dtype=dtype, attention=backend,
         fp8=tuple(x for x in recipe.fp8 if not problems[x]),
@@ -1425,7 +1425,7 @@ def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -
 
 def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
     """One run, arguments to closing line; the exit code. All input is checked before the log is opened."""
-    corpus, began = Corpus.open(args.data), time.perf_counter()
+    began, corpus = time.perf_counter(), Corpus.open(args.data)
     cfg, lines = configure(args, ranks, corpus)
     job, more = build(args, cfg, ranks, corpus)
     log = job.log = Log(args.out, is_master=ranks.rank == 0)
