@@ -216,8 +216,7 @@ ROWS = (16, 8), (8, 4), (32, 16)  # 8 elements of a row of 128 a thread: see QKV
 BYTES = ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
 PAIRS = (((64, 128), 4), ((64, 128), 8), ((128, 128), 8), ((64, 64), 4), ((128, 64), 4), ((128, 64), 8))
 TUNED = (
-    Tuned(("XXT_TILES",), "xxt", "", tuple(({**tk.XXT_TILES, 768: t},) for (t,) in SQUARE), (40, 768, 768)),
-    Tuned(("XXT_TILE_OTHER",), "xxt", "", SQUARE, (24, 768, 3072)),
+    Tuned(("XXT_TILE",), "xxt", "", SQUARE, (40, 768, 768)),
     Tuned(("BA_TILE",), "ba_plus_caa", "", SQUARE),
     Tuned(("RELU2_FORWARD",), "linear_relu2", "forward", FORWARD),
     Tuned(("RELU2_BACKWARD",), "linear_relu2", "backward", BACKWARD),

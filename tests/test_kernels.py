@@ -1065,7 +1065,7 @@ def build(kernel, types, constants, is_matmul=False):
 B, S = "*bf16", "*fp32"
 symmetric = {"x_ptr": B, "c_ptr": B, "alpha": "fp32", "beta": "fp32"}
 for k in (768, 3072, 70):
-    tile = tk.XXT_TILES.get(k, tk.XXT_TILE_OTHER)
+    tile = tk.XXT_TILE
     build(tk._symmetric_kernel, symmetric, tile.launch(k) | {"ADDS_X": False}, True)
 build(tk._symmetric_kernel, symmetric, tk.BA_TILE.launch(768) | {"ADDS_X": True}, True)
 def blocks(kind, rows, cols):
