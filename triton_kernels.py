@@ -107,9 +107,9 @@ def _dot_rows(
 # ------------------------------------------------------------------------------------------------------------
 # 1. xxt: C = X X^T of a bank of matrices
 
-# Traffic: 40 matrices of 768 x 768 bf16 are read and written: 94 MB, 22 us. Work: the lower triangle of blocks,
-# 21 of 36, 21 GFLOP: 27 us. 24 of 768 x 3072: 142 MB, 33 us; 51 GFLOP, 64 us. Tile of record 65's search (pull
-# request 215), warps of record 69.
+# Traffic: 40 matrices of 768 x 768 bf16 are read and written: 94 MB, 22 us. Work: the lower triangle of
+# blocks, 21 of 36, 21 GFLOP: 27 us. 24 of 768 x 3072: 142 MB, 33 us; 51 GFLOP, 64 us. Tile of record 65's
+# search (pull request 215), warps of record 69.
 XXT_TILE = Tile(128, 128, 64, 4, 8)
 
 
@@ -232,9 +232,9 @@ def ba_plus_caa(a_MNN: Tensor, alpha: float, beta: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 3. quantize: FP8 of x / scale in both layouts
 
-# Traffic of the head's operands at N = 49,152, D = 768, V = 50,304: x 151 MB, 35 us, and w 155 MB, 36 us, read
-# in bf16 and written in both layouts. The second layout is there because an FP8 product takes both operands
-# along the inner dimension only.
+# Traffic of the head's operands at N = 49,152, D = 768, V = 50,304: x 151 MB, 35 us, and w 155 MB, 36 us,
+# read in bf16 and written in both layouts. The second layout is there because an FP8 product takes both
+# operands along the inner dimension only.
 QUANTIZE_TILE = (64, 128)  # rows, columns; record 76, pull request 240
 QUANTIZE_WARPS = 8
 

@@ -50,10 +50,7 @@ RULES = (
     (ENTROPY, r"_ce_(forward|backward)|cross_entropy|nll_loss|log_?softmax|logsumexp"),
     ("FP8 quantise, transposes", r"_quantize|_transpose_|^splits::transpose"),
     # The FP8 head makes its loss as well, but on a CPU its operator cannot be told apart.
-    (
-        PRODUCTS,
-        r"_relu2_kernel|_symmetric_kernel|^splits::(fp8_linear|\w*linear_relu2|xxt|ba_plus_caa|fp8_head_loss)",
-    ),
+    (PRODUCTS, r"_relu2_kernel|_symmetric_kernel|^splits::(fp8_\w+|linear_relu2\w*|xxt|ba_plus_caa)"),
     (PRODUCTS, r"(?i)gemm|gemv|nvjet|cutlass|xmma|cublas|splitK|^triton_(tem|mm)"),
     (PRODUCTS, r"^aten::(mm|bmm|addmm|baddbmm|dot|mv|_scaled_mm)$"),
     (ELEMENTWISE, r"elementwise|reduce_kernel|CatArray|softmax|norm|prepare_qkv|cub::|^aten::|^detach"),
