@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -101,3 +102,20 @@ def nano():
         val_slot=512,
         val_every=7,
     )
+
+
+@pytest.fixture
+def restored(monkeypatch, nano):
+    """One thread, as the ranks of the tests have it; signal handlers put back; the recipe in the table."""
+    import torch
+
+    import train_gpt
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setitem(train_gpt.RECIPES, "nano", nano)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

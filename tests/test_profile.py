@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import step_profile as sp  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("restored")
 
 # --- which row ---------------------------------------------------------------------------------------------
 
@@ -374,19 +375,6 @@ def test_least_times():
 
 
 # --- whole runs --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch, nano):
-    """One thread; signal handlers put back; the recipe in the table."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setitem(tg.RECIPES, "nano", nano)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def check_outcome(log: Path) -> str:

@@ -23,6 +23,8 @@ from conftest import write_corpus
 import compare_runs
 import train_gpt as tg
 
+pytestmark = pytest.mark.usefixtures("restored")
+
 ROOT = Path(__file__).resolve().parents[1]
 RULE = "=" * 100
 TOTAL = 14  # steps of `nano`; embedding and head are split after step 9
@@ -57,19 +59,6 @@ class Outcome(NamedTuple):
     @property
     def twin(self) -> dict:
         return json.loads(self.log.with_suffix(".json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch, nano):
-    """One thread, as the ranks of the tests have it; signal handlers put back; the recipe in the table."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setitem(tg.RECIPES, "nano", nano)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
