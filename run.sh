@@ -5,6 +5,7 @@
 #   bash run.sh ab A.py B.py N                  N runs of each of two trainers, interleaved ABBA BAAB
 #   bash run.sh ab A.py B.py N --until-decided --max M    go on up to M pairs, stop when the difference is sure
 #   bash run.sh aa TRAINER.py N                 one trainer as both arms: the noise floor of this machine
+#   bash run.sh ab A.py B.py N --lanes 4        four seeds at once, each on its share of the GPUs
 #   bash run.sh plan --gain SECONDS --sd S      how many runs a gain needs
 #   bash run.sh test [pytest arguments]         the tests
 #   bash run.sh setup                           only the environment

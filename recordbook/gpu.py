@@ -169,9 +169,9 @@ class Sampler:
         return summarise(parse_samples("".join(self.lines)), since, time.time())
 
 
-def find() -> tuple[Sampler | None, str]:
-    """(a sampler of the GPUs that CUDA sees, or None; why there is none)."""
-    program, chosen = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+def find(chosen: str | None = None) -> tuple[Sampler | None, str]:
+    """(a sampler of the chosen GPUs, else of all that CUDA sees, or None; why there is none)."""
+    program, chosen = shutil.which("nvidia-smi"), chosen or os.environ.get("CUDA_VISIBLE_DEVICES")
     if program is None:
         return None, "no nvidia-smi on this machine"
     if chosen is not None and chosen.split(",")[0].strip() in ("", "-1", "NoDevFiles"):

@@ -39,6 +39,7 @@ LEVELS = {
     "failed": (WARNS, WARNS),  # counted as an infinite time and loss by the verdict
     "interrupted": (WARNS, WARNS),
     "machine": (BLOCKS, BLOCKS),
+    "lanes": (NOTES, NOTES),  # the same GPUs of one host in every arm, equally often
     "machine-unknown": (WARNS, BLOCKS),
     "partly-logged": (WARNS, BLOCKS),
     "host-name": (NOTES, NOTES),  # containers of one machine have different names
@@ -122,6 +123,13 @@ def group_text(groups: dict[str, list[tuple[Arm, Run]]]) -> str:
     return some([f"{v} ({', '.join(f'{n} {c}' for n, c in of.items())})" for v, of in counts.items()])
 
 
+def shared_evenly(arms: Sequence[Arm]) -> bool:
+    """Did all arms use the same GPUs of one host equally often? Then these add noise, but favour no arm."""
+    hosts = {run.head.get("host") for _, run in counted(arms)}
+    used = [Counter(run.head.get("uuids") for run in arm.counted) for arm in arms]
+    return len(hosts) == 1 and None not in hosts | used[0].keys() and all(u == used[0] for u in used)
+
+
 def machine(arms: Sequence[Arm]) -> Iterator[Fact]:
     """All arms share one machine, driver, torch and data."""
     runs = counted(arms)
@@ -133,6 +141,8 @@ def machine(arms: Sequence[Arm]) -> Iterator[Fact]:
         code = "software" if key in SOFTWARE else "machine"
         if key == "host" and one_set_of_gpus:
             code = "host-name"
+        elif key == "uuids" and shared_evenly(arms):
+            code = "lanes"
         elif code == "machine" and len(groups.keys() - {"not logged"}) == 1:
             code = "partly-logged"
         largest = max(groups.values(), key=len)

@@ -24,9 +24,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +54,7 @@ TESTS = {
 def say(text: str) -> None:
     """One line to the terminal; a reader that has gone does not end the series."""
     try:
-        print(f"run.sh: {text}", flush=True)
+        print(f"run.sh: {text}\n", end="", flush=True)  # one write: lanes do not tear each other's lines
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
@@ -144,6 +146,7 @@ def make_plan(args: argparse.Namespace, place: Place) -> dict:
         "data": os.path.relpath(place.data),
         "data_manifest": place.manifest,
         "gpus": place.gpus,
+        "lanes": args.lanes,
         "machine": place.machine,
     }
 
@@ -211,11 +214,12 @@ def read_plan(folder: Path) -> dict | None:
 class Ledger:
     """The attempts of a series, one JSON line an event; only appended to. One writer at a time.
 
-    The lock lives as long as the file is open, in this process or in a run that outlived it.
+    The file's lock lives as long as the file is open, in this process or in a run that outlived it; `lock` is
+    for the lanes of this process.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.events = folder / LEDGER, []
+        self.path, self.events, self.lock = folder / LEDGER, [], threading.RLock()
         try:
             self.file = self.path.open("a+b")
         except OSError as error:
@@ -252,14 +256,15 @@ class Ledger:
     def append(self, event: str, **facts: object) -> dict:
         """Write one line and wait for the disk."""
         entry = {"event": event, **facts}
-        try:
-            self.file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            why = f"cannot be written ({error.strerror})"
-            raise InputError(f"{printable(str(self.path))}: {why}; make room and start again") from None
-        self.events.append(entry)
+        with self.lock:
+            try:
+                self.file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                why = f"cannot be written ({error.strerror})"
+                raise InputError(f"{printable(str(self.path))}: {why}; make room and start again") from None
+            self.events.append(entry)
         return entry
 
     def ends(self, role: str | None = None) -> list[dict]:
@@ -274,6 +279,11 @@ class Ledger:
     def next_attempt(self) -> int:
         """Numbers from 1, never used twice."""
         return 1 + max((e["attempt"] for e in self.events if "attempt" in e), default=0)
+
+    def start(self, **facts: object) -> dict:
+        """The `start` line of a new attempt, with its number."""
+        with self.lock:
+            return self.append("start", attempt=self.next_attempt(), **facts)
 
 
 # 3. one run -----------------------------------------------------------------------------------------------
@@ -303,14 +313,33 @@ def measured(log: Path) -> Run | None:
 
 
 @dataclass
+class Lane:
+    """GPUs and CPU cores on which one run at a time goes on. The only lane has all of both."""
+
+    number: int
+    gpus: str | None = None  # its CUDA_VISIBLE_DEVICES; None: that of this process
+    cores: frozenset[int] | None = None  # None: those of this process
+    sampler: gpu.Sampler | None = None
+    child: subprocess.Popen | None = None
+
+    def settle(self) -> None:
+        """Keep this thread, and what it starts, to the lane's cores: on Linux, where a thread has its own."""
+        if self.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self.cores)
+
+    def environment(self) -> dict[str, str] | None:
+        """Of the runs on this lane; None is this process's own."""
+        return None if self.gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": self.gpus}
+
+
+@dataclass
 class Series:
     """A series at work: its plan, ledger and arms; `asked` counts the signals that it was sent."""
 
     folder: Path
     plan: dict
     ledger: Ledger
-    sampler: gpu.Sampler | None = None
-    child: subprocess.Popen | None = None
+    lanes: list[Lane]
     asked: int = 0
     count: int = 0  # runs of each arm that this start makes, if nothing decides earlier
     cache: dict[str, Run] = field(default_factory=dict)
@@ -334,11 +363,12 @@ class Series:
         return self.cache[end["log"]]
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Pass a signal on to the run, which ends its step and closes its log; the third one kills it."""
+        """Pass a signal on to the runs, which end their step and close the log; the third one kills them."""
         self.asked += 1
-        if self.child and self.child.poll() is None:
-            soft = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-            self.child.send_signal(signal.SIGKILL if self.asked > 2 else soft)
+        soft = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        for child in [lane.child for lane in self.lanes]:
+            if child and child.poll() is None:
+                child.send_signal(signal.SIGKILL if self.asked > 2 else soft)
 
     def command(self, letter: str, seed: int, log: Path) -> list[str]:
         """What is executed: the trainer by itself, or by torchrun on several GPUs."""
@@ -347,29 +377,32 @@ class Series:
         several = ["torchrun", "--standalone", f"--nproc_per_node={plan['gpus']}"]
         return [*(several if plan["gpus"] > 1 else [sys.executable]), trainer, *options]
 
-    def execute(self, command: list[str], log: Path, stop_at_first_step: bool) -> tuple[int, float | None]:
+    def execute(
+        self, command: list[str], log: Path, lane: Lane, stop_at_first_step: bool
+    ) -> tuple[int, float | None]:
         """(exit code, when the timed loop began) of one process, which gets a group of its own: a Ctrl-C
         reaches it once, through this process."""
-        began, stopped, lock = None, False, self.ledger.file.fileno()
+        began, stopped, kept = None, False, (self.ledger.file.fileno(),)
         try:
-            self.child = subprocess.Popen(command, process_group=0, pass_fds=(lock,))
+            child = subprocess.Popen(command, process_group=0, pass_fds=kept, env=lane.environment())
         except OSError as error:
             raise InputError(f"{printable(command[0])}: cannot be started ({error.strerror})") from None
+        lane.child = child
         if self.asked:  # the signal came before there was a run to pass it on to
-            self.child.send_signal(signal.SIGINT)
+            child.send_signal(signal.SIGINT)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self.child.wait(timeout=1)
-                self.child = None
+                code = child.wait(timeout=1)
+                lane.child = None
                 return code, began
             if (began is None or (stop_at_first_step and not stopped)) and log.exists():
                 text = log.read_bytes()
                 began = began or (time.time() if ANY_STEP.search(text) else None)
                 if stop_at_first_step and not stopped and TRAINING_STEP.search(text):
                     stopped = True
-                    self.child.send_signal(signal.SIGINT)
+                    child.send_signal(signal.SIGINT)
 
-    def attempt(self, letter: str, seed: int, position: int, role: str, what: str) -> dict:
+    def attempt(self, letter: str, seed: int, position: int, role: str, lane: Lane, what: str) -> dict:
         """One run with a log of its own, and its two lines in the ledger; returns the `end` line."""
         arm, folder = self.arm(letter), self.arm_folder(letter)
         if files_of(arm["trainer"]) != arm["files"]:
@@ -384,19 +417,19 @@ class Series:
             tries += 1
             log = folder / f"{stem}-try{tries}.txt"
         say(f"{arm['name']}: {what} -> {log}")
-        which = {"attempt": self.ledger.next_attempt(), "role": role, "arm": letter, "seed": seed}
-        which |= {"position": position, "log": os.path.relpath(log, self.folder), "source": arm["source"]}
+        which = {"role": role, "arm": letter, "seed": seed, "position": position, "lane": lane.number}
+        which |= {"log": os.path.relpath(log, self.folder), "source": arm["source"]}
         bound = {"format": LEDGER_FORMAT, "plan": digest_of((self.folder / PLAN).read_bytes())}
-        self.ledger.append("start", **which, started=now(), **bound)
-        if self.sampler:
-            self.sampler.start()
+        which["attempt"] = self.ledger.start(**which, started=now(), **bound)["attempt"]
+        if lane.sampler:
+            lane.sampler.start()
         clock = time.perf_counter()
         code = began = None
         try:
-            code, began = self.execute(self.command(letter, seed, log), log, role == "warm-up")
+            code, began = self.execute(self.command(letter, seed, log), log, lane, role == "warm-up")
         finally:
             wall = round(time.perf_counter() - clock, 3)
-            state = self.sampler.stop(began or math.inf) if self.sampler else None
+            state = lane.sampler.stop(began or math.inf) if lane.sampler else None
             if code is None:  # it could not be started
                 facts = {"status": "refused", "reason": "could not be started", "exit_code": None}
                 self.ledger.append("end", **which, **facts, counted=False, wall_s=wall, ended=now())
@@ -420,7 +453,7 @@ class Series:
     def close_lost(self) -> None:
         """End what a killed runner left open; a run that finished without it counts."""
         for start in self.ledger.open_starts():
-            keys = ("attempt", "role", "arm", "seed", "position", "log", "source")
+            keys = ("attempt", "role", "arm", "seed", "position", "lane", "log", "source")
             which = {key: start[key] for key in keys}
             facts = {"wall_s": None, "ended": None, "found": now(), "gpu": None}
             end = self.close(which, self.folder / start["log"], None, facts)
@@ -576,7 +609,7 @@ class Place:
     recipe: str
     data: str
     manifest: str | None  # SHA-256 of the data's manifest, as the logs print it
-    gpus: int
+    gpus: int  # of one run
     machine: list[str]  # UUIDs of the GPUs; the host's name without any
 
 
@@ -610,16 +643,39 @@ def choose(recipe: str | None, data: str | None, gpus: int) -> tuple[str, str, s
     return recipe, "data/default", recipe
 
 
-def settle(args: argparse.Namespace) -> tuple[Place, gpu.Sampler | None]:
+def shares(items: Sequence, count: int) -> list[list]:
+    """`count` runs of equal length; a rest is left over."""
+    size = len(items) // count
+    return [list(items[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def make_lanes(count: int, gpus: int) -> tuple[list[Lane], str]:
+    """(lanes, why the GPUs are not sampled); GPUs and cores are split evenly."""
+    if count == 1:
+        sampler, why = gpu.find() if gpus else (None, "no NVIDIA GPU here")
+        return [Lane(1, sampler=sampler)], why
+    if gpus == 0 or gpus % count:
+        raise InputError(f"--lanes {count} must divide the number of GPUs, {gpus} here; change it")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    lanes, why = [], ""
+    for mine, core in zip(shares(seen.split(",")[:gpus], count), shares(cores, count), strict=True):
+        sampler, why = gpu.find(",".join(mine))
+        lanes.append(Lane(len(lanes) + 1, ",".join(mine), frozenset(core), sampler))
+    return lanes, why
+
+
+def settle(args: argparse.Namespace) -> tuple[Place, list[Lane]]:
     """Machine, recipe and data; fills args.out."""
     gpus = count_gpus()
+    lanes, why = make_lanes(args.lanes, gpus)
     recipe, data, name = choose(args.recipe, args.data, gpus)
-    sampler, why = gpu.find() if gpus else (None, "no NVIDIA GPU here")
-    if sampler is None:
+    if why:
         say(f"{why}, so clocks and temperatures are not sampled")
     manifest = Path(data) / "manifest.json"
     digest = digest_of(manifest.read_bytes()) if manifest.is_file() else None
-    machine = sampler.uuids if sampler else [socket.gethostname()]
+    uuids = sorted({uuid for lane in lanes if lane.sampler for uuid in lane.sampler.uuids})
+    machine = uuids or [socket.gethostname()]
     if args.out is None:
         if args.kind == "series":  # the hash of what runs, so that logs of two versions never mix
             label = f"{name}-{source_of(files_of(args.trainers[0]))[:8]}"
@@ -627,10 +683,10 @@ def settle(args: argparse.Namespace) -> tuple[Place, gpu.Sampler | None]:
             trainers = args.trainers[: 1 if args.kind == "aa" else 2]
             label = "-".join([args.kind, name, *(Path(trainer).stem for trainer in trainers)])
         args.out = Path("logs") / label
-    return Place(recipe, data, digest, gpus, machine), sampler
+    return Place(recipe, data, digest, gpus // args.lanes, machine), lanes
 
 
-def open_series(args: argparse.Namespace, place: Place, sampler: gpu.Sampler | None) -> Series:
+def open_series(args: argparse.Namespace, place: Place, lanes: list[Lane]) -> Series:
     """The series in its folder: a new one with its plan, or the one there, if its plan is the same."""
     folder, wanted = args.out, make_plan(args, place)
     if not (folder / PLAN).exists() and folder.is_dir() and any(folder.rglob("*.txt")):
@@ -646,7 +702,7 @@ def open_series(args: argparse.Namespace, place: Place, sampler: gpu.Sampler | N
                 raise InputError(f"{what}; restore {PLAN}, or move the folder away")
             write_plan(folder, wanted)
             plan = wanted
-        series = Series(folder, plan, ledger, sampler)
+        series = Series(folder, plan, ledger, lanes)
         if changed := differences(plan, wanted):
             why = f"{printable(str(folder))}: a series with another plan: {printable('; '.join(changed))}"
             remedy = "repeat the command of that plan to go on with it, or name another folder with --out"
@@ -668,18 +724,19 @@ def left(series: Series, runs: int) -> str:
     walls = [e["wall_s"] for e in series.ledger.ends("run") if e["counted"] and e["wall_s"]]
     if not walls or not runs:
         return ""
-    minutes = runs * math.fsum(walls) / len(walls) / 60
+    minutes = runs * math.fsum(walls) / len(walls) / 60 / len(series.lanes)
     return f", about {minutes:.0f} min left" if minutes >= 1 else ""
 
 
-def run_one(series: Series, letter: str, seed: int, position: int, role: str = "run") -> None:
+def run_one(series: Series, letter: str, seed: int, position: int, lane: Lane, role: str = "run") -> None:
     """One attempt of the series: what goes on, how it ended. Bad input and interruption end the series."""
     arm, total = series.arm(letter), series.count * len(series.plan["arms"])
     what = f"run {position} of {total}, seed {seed}" if role == "run" else "warm-up, which does not count"
     what += left(series, total - position + 1)
+    what += f", lane {lane.number}" if len(series.lanes) > 1 else ""
     if series.asked:
         raise Interrupted
-    end = series.attempt(letter, seed, position, role, what)
+    end = series.attempt(letter, seed, position, role, lane, what)
     status, log, code = end["status"], end["log"], end["exit_code"]
     if end["gpu"] and role == "run":
         say(f"GPUs: {gpu.in_words(end['gpu'])}")
@@ -709,38 +766,69 @@ def series_length(series: Series) -> int:
     return max([series.plan["runs"], *extended])
 
 
+def in_lanes(series: Series, jobs: Sequence[Callable[[Lane], object]]) -> list:
+    """One job a lane, at the same time. All end before what one of them raised is raised here."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+
+        def job_on(job: Callable[[Lane], object], lane: Lane) -> object:
+            lane.settle()
+            return job(lane)
+
+        futures = [pool.submit(job_on, *pair) for pair in zip(jobs, series.lanes, strict=False)]
+    return [future.result() for future in futures]
+
+
+def warm_up(series: Series) -> None:
+    """Start each source once that has runs to make and was not yet started."""
+    ends = series.ledger.ends("warm-up")
+    warm = {e["source"] for e in ends if e["status"] in ("done", "interrupted")}
+    cold = {}
+    for position, letter in enumerate(pattern(series.plan["kind"], series.count), 1):
+        seed = 1 + (position - 1) // len(series.plan["arms"])
+        source = series.arm(letter)["source"]
+        if source not in warm and not series.counted(letter, seed):
+            cold.setdefault(source, (letter, seed, position))
+    jobs = [lambda lane, one=one: run_one(series, *one, lane, "warm-up") for one in cold.values()]
+    for first in range(0, len(jobs), len(series.lanes)):
+        in_lanes(series, jobs[first : first + len(series.lanes)])
+
+
+def run_seed(series: Series, seed: int, lane: Lane) -> bool:
+    """The runs of one seed that are missing, one after the other; True if there were any."""
+    arms, is_new = len(series.plan["arms"]), False
+    order = pattern(series.plan["kind"], seed)[arms * (seed - 1) :]
+    for position, letter in enumerate(order, arms * (seed - 1) + 1):
+        if not series.counted(letter, seed):
+            run_one(series, letter, seed, position, lane)
+            is_new = True
+    return is_new
+
+
 def go(series: Series) -> dict | None:
     """All runs that are missing, in order; the decision that ended them early, if one did."""
-    plan, ledger, position = series.plan, series.ledger, 0
-    stop, arms = plan["stop"], len(plan["arms"])
-    order = pattern(plan["kind"], series.count)
+    plan, ledger, stop, lanes = series.plan, series.ledger, series.plan["stop"], len(series.lanes)
     series.close_lost()
-    for seed in range(1, series.count + 1):
-        is_new = False
-        for letter in order[arms * (seed - 1) : arms * seed]:
-            position += 1
-            if series.counted(letter, seed):
-                continue
-            source, is_new = series.arm(letter)["source"], True
-            warm = [e["source"] for e in ledger.ends("warm-up") if e["status"] in ("done", "interrupted")]
-            if plan["warm_up"] and source not in warm:
-                run_one(series, letter, seed, position, "warm-up")
-            run_one(series, letter, seed, position)
-        if arms == 2 and is_new:
-            say(live_table(series, seed))
-        if stop["rule"] == "until-decided" and seed >= stop["least"]:
-            found = decide(pairs_of(series, seed), plan["alpha"], stop["loss_margin"])
+    if plan["warm_up"]:
+        warm_up(series)
+    for first in range(1, series.count + 1, lanes):
+        seeds = range(first, min(first + lanes, series.count + 1))
+        jobs = [lambda lane, seed=seed: run_seed(series, seed, lane) for seed in seeds]
+        is_new = any(in_lanes(series, jobs))
+        if len(plan["arms"]) == 2 and is_new:
+            say(live_table(series, seeds[-1]))
+        if stop["rule"] == "until-decided" and seeds[-1] >= stop["least"]:
+            found = decide(pairs_of(series, seeds[-1]), plan["alpha"], stop["loss_margin"])
             if found["decided"]:
                 if not any(e["event"] == "decision" for e in ledger.events):
-                    ledger.append("decision", after=seed, **found, time=now())
-                return found | {"after": seed}
+                    ledger.append("decision", after=seeds[-1], **found, time=now())
+                return found | {"after": seeds[-1]}
     return None
 
 
 def run_series(args: argparse.Namespace) -> int:
     """A series from its arguments to its table; the exit code."""
-    place, sampler = settle(args)
-    series = open_series(args, place, sampler)
+    place, lanes = settle(args)
+    series = open_series(args, place, lanes)
     plan = series.plan
     series.count = args.runs if plan["stop"]["rule"] == "open" else plan["stop"]["most"]
     if plan["kind"] == "series" and args.runs > series_length(series):
@@ -1007,6 +1095,8 @@ def make_parser(kind: str) -> Parser:
         add("words", nargs="*", metavar={"series": "N", "ab": "A.py B.py N", "aa": "TRAINER.py N"}[kind])
         add("--recipe", metavar="R", help="default: tiny on a CPU; with GPUs short, or sprint with --data")
         add("--data", metavar="DIR", help="folder of shards; default: the recipe's own")
+        at_once = "seeds at once, each on its share of GPUs and cores, where its pair stays; default 1"
+        add("--lanes", default="1", metavar="L", help=at_once)
     if kind in ("ab", "aa"):
         add(
             "--out", type=Path, metavar="FOLDER", help=f"of the series; default logs/{kind}-RECIPE-TRAINER..."
@@ -1070,6 +1160,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         getattr(args, "until_decided", False),
         getattr(args, "loss_margin", None),
     )
+    args.lanes = whole(args.lanes, "--lanes")
     args.max = whole(args.max, "--max") if getattr(args, "max", None) is not None else None
     args.alpha, args.out = getattr(args, "alpha", 0.01), getattr(args, "out", None)
     if kind == "aa" and args.runs < 2:

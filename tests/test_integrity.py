@@ -53,6 +53,22 @@ def test_sound_arms_have_no_findings(arms):
     assert findings(arms) == {}
 
 
+def test_gpus_of_one_host_that_serve_all_arms_alike_favour_none(arms):
+    other = {"gpu_0": "NVIDIA H100 80GB HBM3 GPU-2222"}
+    for arm in LOSSES:
+        for i in (1, 3):
+            change(arms, arm, i, **other)
+    found = findings(arms)
+    assert {code: finding.level for code, finding in found.items()} == {"lanes": "notes"}
+    assert "GPU-2222 (base 2, new 2)" in found["lanes"].text
+    change(arms, "new", 3)
+    assert findings(arms)["machine"].blocks, "one arm had a GPU more often"
+    for arm in LOSSES:
+        for i in (1, 3):
+            change(arms, arm, i, host="n2", **other)
+    assert {f.level for c, f in findings(arms).items() if c == "machine"} == {"blocks"}, "two hosts"
+
+
 # one change each: (arm, runs, options, code, level, part of the sentence, files)
 CASES = [
     ("new", [0, 1, 2, 3], {"host": "n2", "gpu_0": "NVIDIA H100 GPU-2"}, "different", "blocks", "hardware", 0),

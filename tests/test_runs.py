@@ -30,7 +30,8 @@ here, out = pathlib.Path(__file__), pathlib.Path(args.out)
 orders = here.with_name(f"{here.stem}.json")
 told = json.loads(orders.read_text()) if orders.exists() else {}
 end = told["ends"].pop(0) if told.get("ends") else "done"
-orders.write_text(json.dumps(told))
+if "ends" in told:
+    orders.write_text(json.dumps(told))
 seed = int(args.seed)
 with pathlib.Path("order").open("a") as file:
     file.write(f"{here.stem}:{seed}\n")
@@ -236,10 +237,10 @@ def test_a_killed_runner_leaves_a_start_that_the_next_one_closes(project):
     tell(project, "a", ends=["wait"])
     process = start(project, "ab", "a.py", "b.py", "2")
     wait_for(lambda: any("step:1/2" in p.read_text() for p in project.glob("logs/*/A-*/run-001.txt")))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
+    listed = list(Path("/proc").glob(f"{process.pid}/task/*/children"))
+    if not listed:
         pytest.skip("children of a process are only listed in Linux's /proc")
-    child = int(children.read_text().split()[0])
+    child = int(" ".join(path.read_text() for path in listed).split()[0])
     process.kill()
     process.wait()
     assert [len(events(project, kind)) for kind in ("start", "end")] == [1, 0]
@@ -469,7 +470,7 @@ def test_with_a_gpu_each_source_warms_up_once_uncounted_and_state_is_sampled(pro
     tell(project, "b", times=[1.9, 2.05])
     result = run(project, "ab", "a.py", "b.py", "2", "--recipe", "sprint")
     assert result.returncode == 0, result.stderr
-    assert order(project) == ["a:1", "a:1", "b:1", "b:1", "b:2", "a:2"]
+    assert order(project) == ["a:1", "b:1", "a:1", "b:1", "b:2", "a:2"]
     warm = [e for e in events(project) if e["role"] == "warm-up"]
     assert [(e["arm"], e["status"], e["counted"]) for e in warm] == [
         ("A", "interrupted", False),
@@ -482,6 +483,46 @@ def test_with_a_gpu_each_source_warms_up_once_uncounted_and_state_is_sampled(pro
         assert state == end["gpu"]
     assert json.loads((folder(project) / "plan.json").read_text())["machine"] == ["GPU-1"]
     assert "are not sampled" not in result.stdout
+
+
+def test_lanes_keep_a_pair_on_its_gpus_and_wait_for_each_other(project, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with_gpus(project, 2)
+    visible = "__import__('os').environ['CUDA_VISIBLE_DEVICES']"
+    show = f"print('gpus', {visible}, args.seed, here.stem, flush=True)\n"
+    for name in "ab":
+        path = project / f"{name}.py"
+        path.write_text(path.read_text().replace("seed = int(args.seed)\n", f"seed = int(args.seed)\n{show}"))
+        tell(project, name, times=[2.0, 2.1, 2.05])
+    result = run(project, "ab", "a.py", "b.py", "3", "--recipe", "sprint", "--lanes", "2")
+    assert result.returncode == 0, result.stderr
+    shown = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("gpus")][2:]
+    assert {(gpus, seed) for gpus, seed, _ in shown} == {("4", "1"), ("5", "2"), ("4", "3")}
+    assert [name for _, seed, name in shown if seed == "2"] == ["b", "a"], "ABBA within its lane"
+    ends = [e for e in events(project) if e["role"] == "run"]
+    assert sorted(e["attempt"] for e in ends) == list(range(3, 9)), "no number twice"
+    assert {(e["seed"], e["lane"]) for e in ends} == {(1, 1), (2, 2), (3, 1)}
+    plan = json.loads((folder(project) / "plan.json").read_text())
+    assert (plan["lanes"], plan["gpus"]) == (2, 1)
+    assert "after pair 2 of 3" in result.stdout
+    assert "after pair 1 of 3" not in result.stdout, "looked at when all lanes are done"
+    refused = run(project, "ab", "a.py", "b.py", "3", "--recipe", "sprint", "--lanes", "3", "--out", "x")
+    assert refused.returncode == 2
+    assert refused.stderr == "run.sh: error: --lanes 3 must divide the number of GPUs, 2 here; change it\n"
+
+
+def test_a_signal_ends_the_runs_of_all_lanes(project, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with_gpus(project, 2)
+    for name in "ab":
+        tell(project, name, ends=["wait", "wait", "wait"])
+    process = start(project, "ab", "a.py", "b.py", "2", "--recipe", "sprint", "--lanes", "2")
+    wait_for(lambda: len(list((project / "logs").glob("*/*/run-*.txt"))) == 2)
+    wait_for(lambda: all("step:1" in p.read_text() for p in (project / "logs").glob("*/*/run-*.txt")))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    process.communicate()
+    assert [e["status"] for e in events(project) if e["role"] == "run"] == ["interrupted"] * 2
 
 
 def test_no_gpu_is_said_in_words(monkeypatch, tmp_path):
