@@ -616,9 +616,8 @@ def fp8_linear(x_ND: Tensor, w_CD: Tensor) -> Tensor:
 # the capped logit, is below that of rounding the logit to bf16. Evaluation takes the exact sigmoid.
 CE_FORWARD_BLOCK, CE_FORWARD_WARPS = 2048, 4
 CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS = 1024, 4  # record 75, pull request 235
-# Loss and gradient in one kernel read the row twice, the second time from the L2 cache if the rows at work,
-# 100 KB each, fit there: two of 1,024 threads a processor are 27 MB.
-CE_FUSED_BLOCK, CE_FUSED_WARPS = 8192, 32
+# One kernel for both, its second reading from the L2 cache, takes 30.7 ms a step of stage 3 where these two
+# take 27.4 (one H200): four special operations an element bound it.
 
 SOFTCAP_A = 23.0  # capped logit z = A * sigmoid((l + B) / C), in (0, A)
 SOFTCAP_B = 5.0
@@ -676,46 +675,10 @@ def _ce_gradient(
 
 
 @jit
-def _ce_gradient_row(
-    logits_ptr, dlogits_ptr, num_cols, lse, factor, t0, w0, t1, w1, t2, w2,
-    A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
-    IS_FAST: tl.constexpr,
-):  # fmt: skip
-    """dl_j = factor A/4C (1 - t_j^2) (p_j sum_k w_k - sum_k w_k [j == target_k]), p the softmax of z.
-
-    The targets' columns are written twice, the second time with their term. That and the folded constants
-    took a third off: before, every column was compared with every target.
-    """
-    scale, shift, weight = factor * (0.25 * A * INV_C), (0.5 * A - lse) * LOG2_E, w0 + w1 + w2
-    dtype = dlogits_ptr.dtype.element_ty
-    cols = tl.arange(0, BLOCK)
-    whole = num_cols // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        logit = tl.load(logits_ptr + start + cols)
-        g = _ce_gradient(logit, scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST)
-        tl.store(dlogits_ptr + start + cols, g.to(dtype))
-    inside = cols < num_cols - whole
-    logit = tl.load(logits_ptr + whole + cols, mask=inside, other=0.0)
-    g = _ce_gradient(logit, scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST)
-    tl.store(dlogits_ptr + whole + cols, g.to(dtype), mask=inside)
-    # One column may be the target of several terms, so each write of it has the weights of all.
-    at = tl.arange(0, 4)
-    target = tl.where(at == 1, t1, tl.where(at == 2, t2, t0))
-    of_target = tl.where(target == t0, w0, 0.0) + tl.where(target == t1, w1, 0.0)
-    of_target += tl.where(target == t2, w2, 0.0)
-    logit = tl.load(logits_ptr + target)
-    g = _ce_gradient(logit, scale, shift, weight, of_target, A, B, INV_C, LOG2_E, IS_FAST)
-    tl.debug_barrier()  # the first write comes from other threads
-    tl.store(dlogits_ptr + target, g.to(dtype))
-
-
-@jit
 def _ce_forward_kernel(
     logits_ptr,  # (rows, V) from `first_row` on, last stride 1
     targets_ptr, positions_ptr, weights_ptr,
     loss_ptr, lse_ptr,  # (N,) float32
-    dlogits_ptr,  # (rows, V) contiguous, of the summed loss times `factor`; or None
-    factor,
     first_row, num_rows, num_cols, stride,
     A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
     IS_FAST: tl.constexpr,
@@ -741,35 +704,51 @@ def _ce_forward_kernel(
     loss += w2 * (lse - 0.5 * A * (1.0 + _half_tanh(tl.load(logits_ptr + t2), B, INV_C, IS_FAST)))
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
-    if dlogits_ptr is not None:
-        dlogits_ptr += tl.program_id(0).to(tl.int64) * num_cols
-        _ce_gradient_row(
-            logits_ptr, dlogits_ptr, num_cols, lse, factor, t0, w0, t1, w1, t2, w2, A, B, INV_C, LOG2_E,
-            BLOCK, IS_FAST,
-        )  # fmt: skip
 
 
 @jit
 def _ce_backward_kernel(
     grad_ptr, lse_ptr,  # (N,) float32, the first of the losses
-    logits_ptr,  # (N, V), last stride 1
+    logits_ptr,  # (rows, V) from `first_row` on, last stride 1
     targets_ptr, positions_ptr, weights_ptr,
-    dlogits_ptr,  # (N, V) contiguous
-    num_rows, num_cols, stride,
+    dlogits_ptr,  # (rows, V) contiguous
+    first_row, num_rows, num_cols, stride,
     A: tl.constexpr, B: tl.constexpr, INV_C: tl.constexpr, LOG2_E: tl.constexpr, BLOCK: tl.constexpr,
     IS_FAST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    """dl_j = grad A/4C (1 - t_j^2) (p_j sum_k w_k - sum_k w_k [j == target_k]), p the softmax of z.
+
+    The targets' columns are written twice, the second time with their term: comparing every column with every
+    target took a third of the time.
+    """
+    row = first_row + tl.program_id(0)
+    logits_ptr += tl.program_id(0).to(tl.int64) * stride
+    dlogits_ptr += tl.program_id(0).to(tl.int64) * num_cols
     t0, w0 = _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, 0)
     t1, w1 = _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, 1)
     t2, w2 = _target(targets_ptr, positions_ptr, weights_ptr, row, num_rows, 2)
-    logits_ptr += row.to(tl.int64) * stride
-    dlogits_ptr += row.to(tl.int64) * num_cols
-    lse, factor = tl.load(lse_ptr + row), tl.load(grad_ptr + row)
-    _ce_gradient_row(
-        logits_ptr, dlogits_ptr, num_cols, lse, factor, t0, w0, t1, w1, t2, w2, A, B, INV_C, LOG2_E, BLOCK,
-        IS_FAST,
-    )  # fmt: skip
+    scale, weight = tl.load(grad_ptr + row) * (0.25 * A * INV_C), w0 + w1 + w2
+    shift = (0.5 * A - tl.load(lse_ptr + row)) * LOG2_E
+    dtype = dlogits_ptr.dtype.element_ty
+    cols = tl.arange(0, BLOCK)
+    whole = num_cols // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        logit = tl.load(logits_ptr + start + cols)
+        g = _ce_gradient(logit, scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST)
+        tl.store(dlogits_ptr + start + cols, g.to(dtype))
+    inside = cols < num_cols - whole
+    logit = tl.load(logits_ptr + whole + cols, mask=inside, other=0.0)
+    g = _ce_gradient(logit, scale, shift, weight, 0.0, A, B, INV_C, LOG2_E, IS_FAST)
+    tl.store(dlogits_ptr + whole + cols, g.to(dtype), mask=inside)
+    # One column may be the target of several terms, so each write of it has the weights of all.
+    at = tl.arange(0, 4)
+    target = tl.where(at == 1, t1, tl.where(at == 2, t2, t0))
+    of_target = tl.where(target == t0, w0, 0.0) + tl.where(target == t1, w1, 0.0)
+    of_target += tl.where(target == t2, w2, 0.0)
+    logit = tl.load(logits_ptr + target)
+    g = _ce_gradient(logit, scale, shift, weight, of_target, A, B, INV_C, LOG2_E, IS_FAST)
+    tl.debug_barrier()  # the first write comes from other threads
+    tl.store(dlogits_ptr + target, g.to(dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -790,8 +769,8 @@ def _ce(
     loss_N, lse_N = (targets_N.new_empty(len(targets_N), dtype=torch.float32) for _ in range(2))
     (n, v), stride = logits_NV.shape, logits_NV.stride(0)
     constants = _ce_constants(CE_FORWARD_BLOCK, CE_FORWARD_WARPS, is_fast)
-    tensors = logits_NV, targets_N.contiguous(), positions_N.contiguous(), weights_K, loss_N, lse_N, None
-    _ce_forward_kernel[(n,)](*tensors, 1.0, 0, n, v, stride, **constants)
+    tensors = logits_NV, targets_N.contiguous(), positions_N.contiguous(), weights_K, loss_N, lse_N
+    _ce_forward_kernel[(n,)](*tensors, 0, n, v, stride, **constants)
     return loss_N, lse_N
 
 
@@ -811,7 +790,7 @@ def _ce_backward(
     dlogits_NV = logits_NV.new_empty(n, v)
     constants = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS, is_fast)
     tensors = grad_N.contiguous(), lse_N, logits_NV, targets_N.contiguous(), positions_N.contiguous()
-    _ce_backward_kernel[(n,)](*tensors, weights_K, dlogits_NV, n, v, stride, **constants)
+    _ce_backward_kernel[(n,)](*tensors, weights_K, dlogits_NV, 0, n, v, stride, **constants)
     return dlogits_NV
 
 
@@ -935,11 +914,10 @@ def transpose_copy(dst_VD: Tensor, src_DV: Tensor) -> None:
 # 10. fp8_head_loss: the head in 8 bits and its loss, with their gradients, a chunk of rows at a time
 
 # Work at N = 49,152, D = 768, V = 50,304: 3 products of 3.8 TFLOP, 2.4 ms each at twice the bf16 rate.
-# Traffic besides: logits written and read twice, 15 GB, or once if the second reading comes from the cache;
-# the e5m2 gradient written, and read and written transposed, because an FP8 product takes both operands
-# along the inner dimension only, 7.4 GB; together 5.2 or 4.0 ms. The gradient is made in forward (pull
-# request 251), so that a chunk's logits are all that is kept of them, and rounded once, from float32 to
-# e5m2 (pull request 207).
+# Traffic besides: logits written and read twice, 15 GB; the e5m2 gradient written, and read and written
+# transposed, because an FP8 product takes both operands along the inner dimension only, 7.4 GB; together
+# 5.2 ms. The gradient is made in forward (pull request 251), so that a chunk's logits are all that is kept of
+# them, and rounded once, from float32 to e5m2 (pull request 207).
 HEAD_CHUNK = 16384  # rows; fewer take less memory, and fill the GPU less well in the product for dx
 # Largest values kept: |x| 100 (a normalised row has at most sqrt(768)), |w| 1.6, gradient of the loss 96.
 HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448
@@ -979,8 +957,10 @@ def _fp8_head_loss(
     x8_ND, x8_DN = _quantize(x_ND, HEAD_X_SCALE, E4M3)
     w8_DV, w8_VD = _quantize(w_DV, HEAD_W_SCALE, E4M3)
     loss_N, lse_N = (x_ND.new_empty(n, dtype=torch.float32) for _ in range(2))
-    rows = targets_N.contiguous(), positions_N.contiguous(), weights_K, loss_N, lse_N
-    constants = _ce_constants(CE_FUSED_BLOCK, CE_FUSED_WARPS, is_fast=True)
+    rows = targets_N.contiguous(), positions_N.contiguous(), weights_K
+    grad_N = torch.full_like(lse_N, 1.0 / HEAD_GRAD_SCALE)
+    forward = _ce_constants(CE_FORWARD_BLOCK, CE_FORWARD_WARPS, is_fast=True)
+    backward = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS, is_fast=True)
     chunk = min(n, HEAD_CHUNK)
     logits_CV, g8_CV = x_ND.new_empty(chunk, v), x_ND.new_empty(chunk, v, dtype=E5M2)
     g8_VN = x_ND.new_empty(v, n, dtype=E5M2)
@@ -989,7 +969,8 @@ def _fp8_head_loss(
         c, part = min(chunk, n - first), slice(first, first + chunk)
         logits, g8 = logits_CV[:c], g8_CV[:c]
         _matmul_fp8(x8_ND[part], w8_VD, HEAD_X_SCALE, HEAD_W_SCALE, logits, is_fast=True)
-        _ce_forward_kernel[(c,)](logits, *rows, g8, 1.0 / HEAD_GRAD_SCALE, first, n, v, v, **constants)
+        _ce_forward_kernel[(c,)](logits, *rows, loss_N, lse_N, first, n, v, v, **forward)
+        _ce_backward_kernel[(c,)](grad_N, lse_N, logits, *rows, g8, first, n, v, v, **backward)
         _launch_transpose(g8_VN.view(torch.int8)[:, part], g8.view(torch.int8))
         _matmul_fp8(g8, w8_DV, HEAD_GRAD_SCALE, HEAD_W_SCALE, dx_ND[part], is_fast=False)
     _matmul_fp8(x8_DN, g8_VN, HEAD_X_SCALE, HEAD_GRAD_SCALE, dw_DV, is_fast=False)

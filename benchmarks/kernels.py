@@ -209,7 +209,6 @@ EIGHT = _persistent(
     (128, 256, 128, 3, 8, 1, 2), (256, 128, 64, 6, 8, 1, 2), (128, 128, 128, 4, 8, 1, 1),
     (128, 128, 128, 4, 4, 2, 1), (128, 128, 64, 6, 4, 2, 1),
 )  # fmt: skip
-FUSED = ((8192, 32), (4096, 32), (8192, 16), (4096, 16), (2048, 8), (1024, 4))
 BLOCKS = ((1024, 2), (1024, 4), (2048, 2), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8))
 CHUNKS = (8192,), (12288,), (16384,), (24576,)  # no more: memory is to win as well
 ROWS = (16, 8), (8, 4), (32, 16)  # 8 elements of a row of 128 a thread: see QKV_ROWS
@@ -225,7 +224,6 @@ TUNED = (
     Tuned(("CE_BACKWARD_BLOCK", "CE_BACKWARD_WARPS"), "softcapped_cross_entropy", "backward", BLOCKS),
     Tuned(("QUANTIZE_TILE", "QUANTIZE_WARPS"), "quantize", "e5m2", PAIRS),
     Tuned(("HEAD_CHUNK",), "fp8_head_loss", "", CHUNKS),
-    Tuned(("CE_FUSED_BLOCK", "CE_FUSED_WARPS"), "fp8_head_loss", "", FUSED),
     Tuned(("QKV_ROWS", "QKV_WARPS"), "prepare_qkv", "fwd+bwd", ROWS),
     Tuned(("TRANSPOSE_BYTES", "TRANSPOSE_WARPS"), "transpose_add", "", BYTES),
 )

@@ -924,12 +924,13 @@ def test_interpreted_case_fp8_head_loss_in_chunks(chunk, forced_kernels, monkeyp
     """Terms of a row reach into the next chunk; the last chunk may be short."""
     inputs, rest = head_loss_inputs([9, 15], 16, 320)
     whole = with_grads(lambda *t: tk.fp8_head_loss(*t, *rest), inputs)
-    launches = Launches(tk._ce_forward_kernel)
-    monkeypatch.setattr(tk, "_ce_forward_kernel", launches)
-    monkeypatch.setattr(tk, "_ce_backward_kernel", None)  # loss and gradient come from one kernel
+    launches = Launches(tk._ce_forward_kernel), Launches(tk._ce_backward_kernel)
+    monkeypatch.setattr(tk, "_ce_forward_kernel", launches[0])
+    monkeypatch.setattr(tk, "_ce_backward_kernel", launches[1])
     monkeypatch.setattr(tk, "HEAD_CHUNK", chunk)
     parts = with_grads(lambda *t: tk.fp8_head_loss(*t, *rest), inputs)
-    assert launches.programs == [min(chunk, 24 - first) for first in range(0, 24, chunk)]
+    programs = [min(chunk, 24 - first) for first in range(0, 24, chunk)]
+    assert launches[0].programs == launches[1].programs == programs
     assert torch.equal(parts[0], whole[0])
     for g, e in zip(parts[1:], whole[1:], strict=True):  # products of other shapes may sum in another order
         assert torch.allclose(g, e, rtol=1e-5, atol=1e-7)
@@ -938,23 +939,23 @@ def test_interpreted_case_fp8_head_loss_in_chunks(chunk, forced_kernels, monkeyp
 @interpreted
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("block", [8192, 128, 64])
-def test_interpreted_case_loss_and_gradient_in_one_kernel(block, weights, forced_kernels):
+def test_interpreted_case_loss_and_gradient_a_chunk_at_a_time(block, weights, forced_kernels):
     """In chunks of 7 rows with a stride; rows of 320 are less than a block, or blocks and a rest, or none."""
     logits, targets, _ = loss_inputs(24, 320, torch.float32)
-    positions, weights_K, factor = positions_of([9, 1, 14]), torch.tensor(weights), 3.5
-    rest = targets, positions, weights_K
+    positions, weights_K, factor = positions_of([9, 1, 14]), torch.tensor(weights), torch.full((24,), 3.5)
     same, exact = (
-        with_grads(lambda z: tk.softcapped_cross_entropy_ref(z, *rest), (z,), torch.full((24,), factor))
+        with_grads(lambda z: tk.softcapped_cross_entropy_ref(z, targets, positions, weights_K), (z,), factor)
         for z in (logits, logits.double())
     )
     wide = torch.cat((logits, logits), dim=1)[:, :320]
+    rows = targets.int(), positions, weights_K
     got, lse, grad = torch.empty(24), torch.empty(24), torch.full((24, 320), float("nan"))
-    constants = tk._ce_constants(block, tk.CE_FUSED_WARPS, is_fast=True)
+    constants = tk._ce_constants(block, 4, is_fast=True)
     for first in range(0, 24, 7):
-        part = slice(first, first + 7)
-        tensors = wide[part], targets.int(), positions, weights_K, got, lse, grad[part]
-        sizes = first, 24, 320, wide.stride(0)
-        tk._ce_forward_kernel[(len(wide[part]),)](*tensors, factor, *sizes, **constants)
+        part, sizes = slice(first, first + 7), (first, 24, 320, wide.stride(0))
+        grid = (len(wide[part]),)
+        tk._ce_forward_kernel[grid](wide[part], *rows, got, lse, *sizes, **constants)
+        tk._ce_backward_kernel[grid](factor, lse, wide[part], *rows, grad[part], *sizes, **constants)
     assert_close((got, grad), same, exact)
     assert torch.allclose(lse, tk.softcap(logits).logsumexp(dim=-1))
 
@@ -1085,15 +1086,15 @@ for kernel in (tk._prepare_qkv_kernel, tk._prepare_qkv_backward_kernel):
         for paired, offset in ((False, False), (True, False), (False, True), (True, True)):
             build(kernel, types, tk._qkv_constants(6, 128, paired, offset) | none)
 loss = {"logits_ptr": B, "targets_ptr": "*i32", "positions_ptr": "*i32", "weights_ptr": S, "lse_ptr": S}
-forward, gradient = loss | {"loss_ptr": S, "factor": "fp32"}, loss | {"grad_ptr": S, "dlogits_ptr": B}
-fused = forward | {"dlogits_ptr": "*fp8e5"}
+forward, gradient = loss | {"loss_ptr": S}, loss | {"grad_ptr": S, "dlogits_ptr": B}
 for is_fast in (True, False):
-    for kernel, types, config, none in (
-        (tk._ce_forward_kernel, forward, (tk.CE_FORWARD_BLOCK, tk.CE_FORWARD_WARPS), {"dlogits_ptr": None}),
-        (tk._ce_forward_kernel, fused, (tk.CE_FUSED_BLOCK, tk.CE_FUSED_WARPS), {}),
-        (tk._ce_backward_kernel, gradient, (tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS), {}),
+    for kernel, types, config in (
+        (tk._ce_forward_kernel, forward, (tk.CE_FORWARD_BLOCK, tk.CE_FORWARD_WARPS)),
+        (tk._ce_backward_kernel, gradient, (tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS)),
+        (tk._ce_backward_kernel, gradient | {"dlogits_ptr": "*fp8e5"},
+         (tk.CE_BACKWARD_BLOCK, tk.CE_BACKWARD_WARPS)),
     ):
-        built = build(kernel, types, tk._ce_constants(*config, is_fast) | none)
+        built = build(kernel, types, tk._ce_constants(*config, is_fast))
         assert ("tanh.approx.f32" in built.asm["ptx"]) == is_fast
 for name, dtype in (("*fp8e4nv", tk.E4M3), ("*fp8e5", tk.E5M2)):
     build(tk._quantize_kernel, {"x_ptr": B, "row_ptr": name, "col_ptr": "*i8", "inv_scale": "fp32"},
