@@ -32,7 +32,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +105,7 @@ class Recipe:
     val_windows: tuple[int, int]  # (short, long) of the final validation
     val_every: int  # steps
     target: float  # validation loss the track asks for
-    fp8: tuple[str, ...]  # which products of training run in FP8 where the GPU can: "head", "mlp", "qkv"
+    fp8: tuple[str, ...]  # products of training in FP8 where the GPU can: "head", "mlp", "qkv", "out"
     cpu_compile: bool = True  # whether torch.compile pays where there is no GPU
     tokenizer: str | None = None  # the recipe's target means something only for this tokenizer
     cooldown: float = 0.5  # fraction of the scheduled steps over which the learning rate falls
@@ -370,7 +370,7 @@ class Log:
         except BrokenPipeError:  # whoever read the output has gone; the run and its log go on
             sys.stdout = open(os.devnull, "w")
 
-    def header(self, sources: Sequence[Path], meta: dict[str, object]) -> None:
+    def header(self, sources: Iterable[Path], meta: dict[str, object]) -> None:
         """Everything that is needed to know, and to repeat, what ran."""
         self.meta = {key: str(value) for key, value in meta.items()}
         for path in sources:
@@ -774,12 +774,10 @@ class GPT(nn.Module):
         """Attention of one layer: x is normalised; `w` holds the layer's weights and gates."""
         r, (positions_N, cu_seqlens, max_seq_len) = self.cfg.recipe, where
         H, K, paired = r.num_heads, r.head_dim, layer.attn == "paired"
-        linear = kernels.fp8_linear if self.training and "qkv" in self.cfg.fp8 else F.linear
-        qkv = linear(x_ND, w["qkv"]).view(-1, 3, H, K)
-        gated = None, None
-        if layer.value_embed is not None:
-            gated = w["ve"].view(-1, H, K), F.linear(x_ND[:, :GATE_DIM], w["ve_gate"])
-        heads = kernels.prepare_qkv(qkv, self.cos, self.sin, positions_N, *gated, paired, layer.key_offset)
+        eight, gate_in = self.cfg.fp8 if self.training else (), x_ND[:, :GATE_DIM]
+        qkv = (kernels.fp8_linear if "qkv" in eight else F.linear)(x_ND, w["qkv"]).view(-1, 3, H, K)
+        ve = (w["ve"].view(-1, H, K), F.linear(gate_in, w["ve_gate"])) if "ve" in w else (None, None)
+        heads = kernels.prepare_qkv(qkv, self.cos, self.sin, positions_N, *ve, paired, layer.key_offset)
         if paired:
             # As they lie in memory, halves of the H heads are rows 2t and 2t+1 of a sequence twice as long.
             heads = [z.view(-1, H // 2, K) for z in heads]
@@ -787,8 +785,8 @@ class GPT(nn.Module):
         window = knobs.long if layer.window == "long" else knobs.short
         limits = cu_seqlens, max_seq_len, window, knobs.scale, r.max_window
         y_NHK = kernels.attention(*heads, *limits, self.cfg.attention).view(-1, H, K)
-        y_NHK = y_NHK * torch.sigmoid(F.linear(x_ND[:, :GATE_DIM], w["attn_gate"])).unsqueeze(-1)
-        return F.linear(y_NHK.flatten(1), w["out"])
+        y_NHK = y_NHK * torch.sigmoid(F.linear(gate_in, w["attn_gate"])).unsqueeze(-1)
+        return (kernels.fp8_linear if "out" in eight else F.linear)(y_NHK.flatten(1), w["out"])
 
     def layer_weights(self, tokens_N: Tensor) -> list[dict[str, Tensor]]:
         """Each layer's slices. Banks are split once, by unbind, to avoid a select-backward kernel a slice."""
@@ -1094,12 +1092,15 @@ class NorMuonAndAdam:
         tensors = {name: {k: x.to("cpu", copy=True) for k, x in s.items()} for name, s in whole.items()}
         return {"is_tied": self.is_tied, "updates": dict(self.updates), "tensors": tensors}
 
-    def load_state_dict(self, saved: dict) -> None:
-        """Back to a saved state, bitwise, in place."""
+    def load_state_dict(self, saved: dict | None) -> None:
+        """To a saved state, bitwise, in place; None: as new, embedding and head tied."""
+        saved = saved or {"is_tied": True, "updates": dict.fromkeys(self.params, 0), "tensors": None}
         self.is_tied, self.updates = saved["is_tied"], dict(saved["updates"])
         for name, state in self.state.items():
             for key, x in state.items():
-                x.copy_(self.shards[name].own(saved["tensors"][name][key].to(x.device)))
+                x.zero_()
+                if saved["tensors"]:
+                    x.copy_(self.shards[name].own(saved["tensors"][name][key].to(x.device)))
 
 
 # 9. run: build, warm up, validate, train ----------------------------------------------------------------
@@ -1117,6 +1118,7 @@ class Job:
     max_docs: int  # most documents in a slot of any step
     mtp_SK: Tensor  # float32 [steps + 1, 3], on the device
     clock: Clock
+    start: dict  # where the warm-up ends: the checkpoint to resume from, or one of step 0; on the host
     log: Log | None = None  # opened when all input has been checked
     passes: "Passes | None" = None
     first_step: int = 0
@@ -1143,9 +1145,9 @@ class Job:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.first_step, self.clock.elapsed_ms = saved["step"], saved["train_ms"]
-        if self.ranks.rank == 0:  # they are summed over ranks already
-            for name, p in self.model.named_parameters():
-                p.grad = saved["grads"][name].to(p.device) if name in saved["grads"] else None
+        grads = saved["grads"] if self.ranks.rank == 0 else {}  # they are summed over ranks already
+        for name, p in self.model.named_parameters():
+            p.grad = grads[name].to(p.device) if name in grads else None
 
 
 def read_checkpoint(path: Path, job: Job) -> None:
@@ -1156,6 +1158,7 @@ def read_checkpoint(path: Path, job: Job) -> None:
         found, wanted = (saved["recipe"], saved["data"]), (job.cfg.recipe.name, job.corpus.sha256)
         if found == wanted:
             job.restore(saved)
+            job.start = saved
     except Exception as error:  # whatever a foreign file makes torch.load raise
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise InputError(f"checkpoint {path} is not one of this trainer ({reason}); name another") from None
@@ -1212,12 +1215,9 @@ class Passes:
 
 
 def warm_up(job: Job) -> None:
-    """Compile, record: every kind of pass and step on random tokens, which cannot teach; restore bitwise."""
-    cfg, r, gen, model = job.cfg, job.cfg.recipe, np.random.default_rng(0), job.model.state_dict()
-    # Copies on the host: on the device they would stand at the peak of memory.
-    model, optimizer = {k: v.to("cpu", copy=True) for k, v in model.items()}, job.optimizer.state_dict()
+    """Compile, record: every kind of pass and step on random tokens, which cannot teach; then reset."""
+    cfg, r, gen = job.cfg, job.cfg.recipe, np.random.default_rng(0)
     per_rank, first, seconds = cfg.slots // job.ranks.world_size, 0, {}
-    grads = [p.grad for p in job.model.parameters()]
     job.model.zero_grad(set_to_none=True)
 
     def timed(what: str, call: Callable, *arguments: object) -> None:
@@ -1242,10 +1242,7 @@ def warm_up(job: Job) -> None:
     timed("evaluation graph", validate, job, at(r, 0), 1)
     job.log.say("warm-up: " + ", ".join(f"{what} {s:.1f} s" for what, s in seconds.items()))
     torch.cuda.empty_cache()  # passes that are recorded have memory of their own
-    job.model.load_state_dict(model)
-    job.optimizer.load_state_dict(optimizer)
-    for p, grad in zip(job.model.parameters(), grads, strict=True):
-        p.grad = grad
+    job.restore(job.start)
 
 
 @torch.no_grad()
@@ -1398,7 +1395,7 @@ def configure(args: argparse.Namespace, ranks: Ranks, corpus: Corpus) -> tuple[C
     reasons = "; ".join(f"no {name}: {why}" for name, is_usable, why in backends if not is_usable)
     lines.append(f"attention backend {backend}" + (f" ({reasons})" if reasons else ""))
     reason, instead = kernels.fp8_available(ranks.device)[1], str(dtype).removeprefix("torch.")
-    problems = {"head": reason, "qkv": reason, "mlp": reason or kernels.tma_problem(ranks.device)}
+    problems = {x: reason or (kernels.tma_problem(ranks.device) if x == "mlp" else None) for x in recipe.fp8}
     lines += [f"{x}: {instead} instead of FP8 ({problems[x]})" for x in recipe.fp8 if problems[x]]
     return Config(
         recipe=recipe, vocab_size=corpus.vocab_size, slots=slots, dtype=dtype, attention=backend,
@@ -1410,12 +1407,15 @@ def build(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -
     """Data, model and optimizer on this rank's device; and what there is to say. Raises InputError."""
     r, per_slot = cfg.recipe, check_train_data(cfg.recipe, cfg.slots, corpus)
     val, (compiler, lines) = ValSet.read(r, corpus, ranks), compiler_for(r, ranks.device)
-    model = GPT(cfg, args.seed).to(ranks.device)
+    model = GPT(cfg, args.seed)
+    initial = {name: x.clone() for name, x in model.state_dict().items()}
+    model.to(ranks.device)
     job = Job(
         cfg=cfg, ranks=ranks, corpus=corpus, model=model, forward=compiler(model, dynamic=True), val=val,
         optimizer=NorMuonAndAdam(model, r, ranks, compiler), max_docs=round_up(per_slot, 64),
         mtp_SK=torch.tensor([at(r, step).mtp for step in range(r.total_steps + 1)]).to(ranks.device),
         clock=Clock(ranks.device), checkpoint_every=args.checkpoint_every,
+        start={"step": 0, "train_ms": 0.0, "model": initial, "optimizer": None, "grads": {}},
     )  # fmt: skip
     job.passes = Passes(job)
     if args.resume:
@@ -1430,8 +1430,7 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
     job, more = build(args, cfg, ranks, corpus)
     log = job.log = Log(args.out, is_master=ranks.rank == 0)
     try:
-        sources = [Path(file).resolve() for file in (__file__, kernels.__file__)]
-        log.header(sources, describe(args, cfg, ranks, corpus))
+        log.header(map(Path, (__file__, kernels.__file__)), describe(args, cfg, ranks, corpus))
         log.say("\n".join(lines + more))
         with ranks.process_group():
             warm_up(job)
