@@ -35,7 +35,10 @@ MEASURES = ("loss", "seconds", "bpb")  # numbers that every kind of log can have
 SCHEMA = "splits.compare_runs/1"
 DEFAULT_TARGET = 3.28
 MIN_RUNS = 2  # a sample standard deviation needs two
-LOG_SUFFIXES = tuple(kind + packed for kind in (".txt", ".log") for packed in ("", ".gz", ".xz"))
+PACKINGS = (".gz", ".xz", ".zst")
+LOG_SUFFIXES = tuple(kind + packed for kind in (".txt", ".log") for packed in ("", *PACKINGS))
+LOG_END = re.compile(rf"\.(txt|log)({'|'.join(map(re.escape, PACKINGS))})?(#\d+)?$")  # also of a run's name
+MOST_BYTES = 128 << 20  # of one log, unpacked; published ones have less than 1 MB
 METRIC_TITLES = {"val_loss": "Loss", "val_bpb": "bpb"}
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 TIME_TESTS = {  # --time-test: what Time p then is
@@ -557,31 +560,78 @@ def find_logs(arg: str) -> tuple[list[str], str]:
     return files, base
 
 
-def read_log(path: str) -> bytes:
-    """The bytes of a log, decompressed. InputError if it cannot be read or is not text."""
-    import lzma
+def read_gz(path: str, most: int) -> bytes:
+    """The first `most` unpacked bytes of a .gz file."""
+    import gzip
     import zlib
 
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{printable(path)}: not a regular file; leave it out by glob")
     try:
-        if path.lower().endswith(".gz"):
-            import gzip
+        with gzip.open(path) as file:
+            return file.read(most)
+    except (EOFError, zlib.error) as error:
+        raise OSError(str(error)) from None
 
-            with gzip.open(path) as f:
-                data = f.read()
-        elif path.lower().endswith(".xz"):
-            with lzma.open(path) as f:
-                data = f.read()
-        else:
-            data = Path(path).read_bytes()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or error
+
+def read_xz(path: str, most: int) -> bytes:
+    """The first `most` unpacked bytes of a .xz file."""
+    import lzma
+
+    try:
+        with lzma.open(path) as file:
+            return file.read(most)
+    except (EOFError, lzma.LZMAError) as error:
+        raise OSError(str(error)) from None
+
+
+def read_zst(path: str, most: int) -> bytes:
+    """The first `most` unpacked bytes of a .zst file, whose frames follow each other.
+
+    Fed by the kilobyte, so that no step unpacks more than 32 MiB (a block of 4 bytes holds at most 128 KiB).
+    The library's own reader takes a cut file for a whole one.
+    """
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise OSError("zstandard is not installed: pip install zstandard") from None
+
+    text, frame, packed = bytearray(), None, b""
+    with open(path, "rb") as file:
+        while len(text) < most and (packed := packed or file.read(1024)):
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                text += frame.decompress(packed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            packed, frame = frame.unused_data, None if frame.eof else frame
+    if frame and len(text) < most:
+        raise OSError("it ends in the middle of a frame")
+    return bytes(text[:most])
+
+
+def read_plain(path: str, most: int) -> bytes:
+    """The first `most` bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
+READERS = {".gz": read_gz, ".xz": read_xz, ".zst": read_zst}
+
+
+def read_log(path: str) -> bytes:
+    """The bytes of a log, unpacked. InputError if it cannot be read, is too long or is not text."""
+    shown = printable(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{shown}: not a regular file; leave it out by glob")
+    try:
+        data = READERS.get(os.path.splitext(path)[1].lower(), read_plain)(path, MOST_BYTES + 1)
+    except OSError as error:
         raise InputError(
-            f"{printable(path)}: cannot be read ({why}); repair it or leave it out by glob"
+            f"{shown}: cannot be read ({error.strerror or error}); repair it or leave it out by glob"
         ) from None
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{shown}: over {MOST_BYTES >> 20} MiB unpacked, so no log; leave it out by glob")
     if b"\0" in data:
-        raise InputError(f"{printable(path)}: binary, not a text log; leave it out by glob")
+        raise InputError(f"{shown}: binary, not a text log; leave it out by glob")
     return data
 
 
@@ -619,7 +669,7 @@ def name_arms(arms: list[Arm]) -> None:
         parts = Path(os.path.abspath(arm.arg)).parts[1:]
         if depth == 0 and not os.path.isdir(arm.arg) and parts:
             inner = glob.has_magic(parts[-1]) and len(parts) > 1
-            return printable(parts[-2] if inner else re.sub(r"\.(txt|log)(\.gz|\.xz)?$", "", parts[-1]))
+            return printable(parts[-2] if inner else LOG_END.sub("", parts[-1]))
         return printable("/".join(parts[-1 - depth :])) or "/"
 
     for arm in arms:
@@ -1268,9 +1318,9 @@ HELP = """columns:
   bpb ...          the same for bits per byte, where every run of an arm has it
 
 arms:
-  a folder (searched with its subfolders for .txt, .log, also .gz and .xz), a file, a quoted glob, or one of
-  these with @<first digits of the source hash>; all runs of an arm share source, steps, validation interval,
-  hardware, recipe, data and target, or the arm is refused and its groups are shown
+  a folder (searched with its subfolders for .txt and .log, plain or .gz, .xz, .zst), a file, a quoted glob,
+  or one of these with @<first digits of the source hash>; all runs of an arm share source, steps, validation
+  interval, hardware, recipe, data and target, or the arm is refused and its groups are shown
 
 verdict:
   --claim systems  the maths is the same: faster, and the loss not worse by the track's margin
@@ -1329,7 +1379,7 @@ def group_key(run: Run, kind: str) -> str | None:
         return run.source and run.source[:12]
     if kind == "steps":
         return None if run.steps_planned is None else str(run.steps_planned)
-    name = re.sub(r"\.(txt|log)(\.gz|\.xz)?(#\d+)?$", "", run.name)
+    name = LOG_END.sub("", run.name)
     folder, _, file = name.rpartition("/")
     return os.path.join(folder, NUMBERING.sub("", file)) or "(no prefix)"
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from compare_runs import SETTINGS, Arm, Refusal, Run, printable, some, values
+from compare_runs import LOG_END, PACKINGS, SETTINGS, Arm, Refusal, Run, printable, some, values
 from recordbook.drift import blocked_order, drift, drift_rule, outliers
 from recordbook.tracks import Track
 
@@ -181,7 +180,7 @@ def gpu_states(arm: Arm) -> tuple[list[float], set[str]]:
     """(mean clock of each GPU and run in MHz, what held GPUs back) from the files that run.sh leaves."""
     clocks, reasons = [], set()
     for run in arm.counted:
-        path = re.sub(r"\.(txt|log)(\.gz|\.xz)?$", "", run.path) + ".gpu.json"
+        path = LOG_END.sub("", run.path) + ".gpu.json"
         try:
             with open(path, encoding="utf-8") as file:
                 for gpu in json.load(file)["gpus"]:
@@ -373,7 +372,8 @@ class Series:
 
 def bare(path: str) -> str:
     """A log's real path without the suffix of a packer, so that packing loses no run."""
-    return re.sub(r"\.(gz|xz)$", "", os.path.realpath(path))
+    name, suffix = os.path.splitext(os.path.realpath(path))
+    return name if suffix in PACKINGS else name + suffix
 
 
 def read_attempts(folder: str) -> list[Attempt]:

@@ -502,7 +502,7 @@ def replay_command(argv: Sequence[str] | None = None) -> str:
         description="Write the sources that a run log holds into a new folder, ready to run. Nothing is run.",
     )
     parser.add_argument(
-        "log", metavar="LOG", help="a log of ours, the community or the contest; also .gz, .xz"
+        "log", metavar="LOG", help="a log of ours, the community or the contest; also .gz, .xz, .zst"
     )
     parser.add_argument("folder", metavar="FOLDER", help="a folder that does not exist or is empty")
     args = parser.parse_args(argv)

@@ -8,9 +8,11 @@ import math
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 
 import compare_runs as cr
 
@@ -433,14 +435,18 @@ def test_parsing_is_fast():
 
 
 def test_compressed_logs_and_target_of_the_logs(tmp_path, capsys):
-    """.gz and .xz count like .txt; the target comes from the logs."""
+    """.gz, .xz and .zst count like .txt; the target comes from the logs."""
     arm = write_arm(tmp_path / "arm", [3.0, 3.1], [10, 11], target="3.33")
+    halves = [
+        our_log(3.15, 14, seed=10, target="3.33").encode()[part] for part in (slice(99), slice(99, None))
+    ]
+    (arm / "e.txt.zst").write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, halves)))
     (arm / "c.txt.gz").write_bytes(gzip.compress(our_log(3.2, 12, seed=8, target="3.33").encode()))
     (arm / "d.log.xz").write_bytes(lzma.compress(our_log(3.3, 13, seed=9, target="3.33").encode()))
     (arm / "run0.json").write_text("{}")
     assert cr.main([str(arm)]) == 0
     out = capsys.readouterr().out
-    assert "4 attempts, 4 complete" in out
+    assert "5 attempts, 5 complete" in out
     assert "Target: 3.33, the 'target:' line of the logs of arm." in out
     assert "Time p" not in out
 
@@ -615,6 +621,58 @@ def test_duplicates_are_refused(arms, capsys):
     assert cr.main([str(base), str(new)]) == 0
 
 
+def pack_zst(data: bytes, stated: bool) -> bytes:
+    """One frame; `stated`: with its size in the header, as the command line tool does for files."""
+    if stated:
+        return zstandard.ZstdCompressor().compress(data)
+    stream = zstandard.ZstdCompressor().compressobj()
+    return stream.compress(data) + stream.flush()
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_packings_of_zst(tmp_path, stated):
+    """Frames with and without their size, empty ones, ones above a read's size: all bytes come back."""
+    noise = hashlib.shake_256(b"0").hexdigest(50_000).encode()
+    path = tmp_path / "a.log.zst"
+    path.write_bytes(b"".join(pack_zst(part, stated) for part in (noise, b"", b"x" * 300_000, b"end\n")))
+    assert cr.read_log(str(path)) == noise + b"x" * 300_000 + b"end\n"
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".xz", ".zst"])
+def test_a_log_has_a_largest_size(tmp_path, capsys, monkeypatch, packing):
+    """What unpacks beyond the limit is refused in one line; a log of exactly the limit is read."""
+    text = our_log() + our_log(seed=2)
+    monkeypatch.setattr(cr, "MOST_BYTES", 1 << 20)
+    full = text.encode() + b"\n" * ((1 << 20) - len(text))
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+    }
+    path = tmp_path / f"a.txt{packing}"
+    path.write_bytes(pack[packing](full))
+    assert cr.read_log(str(path)) == full
+    path.write_bytes(pack[packing](full + b"\n"))
+    assert "over 1 MiB unpacked, so no log; leave it out by glob" in refused(capsys, path)
+
+
+@pytest.mark.parametrize("packing", ["gz", "xz", "zst"])
+def test_a_small_file_cannot_fill_the_memory(tmp_path, packing):
+    """8 GiB of zeros in a small file are refused before they are unpacked."""
+    unit = b"\0" * (1 << 24)
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}[packing]
+    path = tmp_path / f"a.txt.{packing}"
+    path.write_bytes(pack(unit) * 512)
+    tracemalloc.start()
+    try:
+        with pytest.raises(cr.InputError, match="over 128 MiB unpacked"):
+            cr.read_log(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 30
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -625,6 +683,8 @@ def test_duplicates_are_refused(arms, capsys):
         ({"a.txt.gz": b"not gzip"}, "cannot be read"),
         ({"a.txt.gz": gzip.compress(b"step:1/1 val_loss:3" * 99)[:-9]}, "cannot be read"),
         ({"a.txt.xz": b"\xfd7zXZ broken"}, "cannot be read"),
+        ({"a.txt.zst": b"not zst"}, "cannot be read"),
+        ({"a.txt.zst": zstandard.ZstdCompressor().compress(b"step:1/1 val_loss:3" * 99)[:-9]}, "of a frame"),
         ({"a.txt": our_log()}, "1 complete run(s) of 1"),
         (
             {"a.txt": our_log(), "b.txt": our_log(3.1, seed=2)[:-20]},
