@@ -119,3 +119,70 @@ def restored(monkeypatch, nano):
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+# A series as run.sh leaves it, for the record book ----------------------------------------------------------
+
+TIMES = {"A": (2.1, 2.12, 2.09, 2.11, 2.1, 2.13), "B": (2.0, 2.01, 1.99, 2.01, 2.0, 2.02)}  # seconds by seed
+LOSSES = (4.101, 4.103, 4.099, 4.102, 4.1, 4.104)
+SOURCES = {"A": "print('a')\nlr = 1\n", "B": "print('b')\nlr = 1\n"}
+
+
+def write_series(
+    folder: Path,
+    kind: str = "ab",
+    n: int = 4,
+    times: dict = TIMES,  # {arm: seconds by seed}; None: that run diverges
+    losses: dict | None = None,  # {arm: by seed}
+    rule: str = "fixed",
+    extend: int = 0,
+    started: str = "2026-03-01",
+    **meta: str,  # header lines of every log
+) -> Path:
+    """A finished series of track `tiny`, written by the runner's own plan and ledger but without running."""
+    from recordbook import runs
+    from tests.test_compare_runs import our_log
+
+    folder.mkdir(parents=True)
+    letters = "A" if kind == "series" else "AB"
+    arms = []
+    for letter in letters:
+        files = {"train_gpt.py": hashlib.sha256(SOURCES[letter].encode()).hexdigest()}
+        name = folder.name if kind == "series" else f"{letter}-train_gpt-{runs.source_of(files)[:8]}"
+        arms.append({"arm": letter, "name": name, "trainer": f"{letter}.py", "source": runs.source_of(files)})
+        arms[-1]["files"] = files
+        (folder if kind == "series" else folder / name).mkdir(exist_ok=True)
+    plan = {"format": runs.PLAN_FORMAT, "kind": kind, "made": f"{started}T09:00:00+0000", "arms": arms}
+    plan |= {"runs": n, "order": runs.pattern(kind, n), "seeds": list(range(1, n + 1)), "alpha": 0.01}
+    plan |= {"test": runs.TESTS[rule], "stop": {"rule": rule, "least": n, "most": n}, "warm_up": False}
+    plan |= {"recipe": "tiny", "data": "data/default", "data_manifest": "d" * 64, "gpus": 0, "machine": ["node1"]}
+    runs.write_plan(folder, plan)
+    ledger, bound = runs.Ledger(folder), {"format": runs.LEDGER_FORMAT}
+    bound["plan"] = runs.digest_of((folder / runs.PLAN).read_bytes())
+    for position, letter in enumerate(runs.pattern(kind, n + extend), 1):
+        if position == n + 1 and kind == "series":
+            ledger.append("extend", runs=n + extend, time=f"{started}T12:00:00+0000")
+        seed = (position + len(letters) - 1) // len(letters)
+        arm, clock = next(a for a in arms if a["arm"] == letter), f"{started}T10:{position:02d}"
+        seconds, loss = times[letter][seed - 1], (losses or {}).get(letter, LOSSES)[seed - 1]
+        status = "diverged at step 12: nan" if seconds is None else "done"
+        facts = {"gpu_0": None, "cpu": "Test CPU", "driver": None, "target": "4.15"}
+        facts |= {"started": f"{clock}:00+0000", "run_id": f"{folder.name}-{letter}{seed}"} | meta
+        text = our_log(loss, round(1000 * (seconds or 2)), seed, status, SOURCES[letter], **facts, stop=None if seconds else 12)
+        log = folder / ("" if kind == "series" else arm["name"]) / f"run-{seed:03d}.txt"
+        log.write_text(text)
+        log.with_suffix(".json").write_text("{}\n")
+        which = {"attempt": ledger.next_attempt(), "role": "run", "arm": letter, "seed": seed, "position": position}
+        which |= {"log": log.relative_to(folder).as_posix(), "source": arm["source"]}
+        ledger.append("start", **which, started=f"{clock}:00+0000", **bound)
+        end = {"status": status.split(" ")[0], "reason": "", "exit_code": 0, "counted": True}
+        end |= {"log_sha256": hashlib.sha256(text.encode()).hexdigest(), "wall_s": 3.0, "ended": f"{clock}:30+0000"}
+        ledger.append("end", **which, **end, gpu=None)
+    ledger.file.close()
+    return folder
+
+
+@pytest.fixture
+def series(tmp_path):
+    """write_series in a folder of its own name."""
+    return lambda name="ab", **options: write_series(tmp_path / "logs" / name, **options)

@@ -1,0 +1,412 @@
+"""The evidence of a series: its files, and whether plan, ledger and logs are one account of it.
+
+A series of run.sh and a record hold the same evidence in two forms. Here it is one dictionary, {path in the
+series' folder: bytes}, logs unpacked:
+
+    series   plan.json, plan.json.sha256, ledger.jsonl, <arm>/run-001.txt, run-001.json, run-001.gpu.json
+    record   the same, the logs' folders under logs/, each log as run-001.txt.zst
+
+Nothing is read beyond the limits below, no link is followed, and no path that a file states is opened.
+Order of this file: shapes, files, packing, the account, its faults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from compare_runs import LOG_END, InputError, Run, is_log, parse_log, printable, read_log, some
+from recordbook.runs import LEDGER, LEDGER_FORMAT, MOST_RUNS, PLAN, PLAN_FORMAT, PLAN_HASH, pattern
+
+TOP = (PLAN, PLAN_HASH, LEDGER)
+LOGS, PACKED = "logs", ".zst"
+TWINS = (".gpu.json", ".json")  # beside a log
+MOST_FILES, MOST_BYTES, MOST_TOTAL = 20_000, 64 << 20, 1 << 30  # files; bytes of one, but a log; of all
+LEVEL = 19  # of zstandard
+
+# 1. shapes ------------------------------------------------------------------------------------------------
+
+NUMBER = (int, float)
+MAYBE_NUMBER, MAYBE_TEXT = (int, float, type(None)), (str, type(None))
+
+
+def misfit(value: Any, shape: Any, where: str = "") -> str:
+    """The first place where a JSON value lacks a shape, in words; '' if it fits.
+
+    A shape is a type or a tuple of types, a list of one shape for each item, or {key: shape}, whose keys
+    must all be there. Further keys are the writer's. True and False are no numbers.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{where or 'all of it'} is no object"
+        for key, inner in shape.items():
+            place = f"{where}.{key}".lstrip(".")
+            if key not in value:
+                return f"{place} is missing"
+            if found := misfit(value[key], inner, place):
+                return found
+        return ""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{where} is no list"
+        found = (misfit(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value))
+        return next(filter(None, found), "")
+    kinds = shape if isinstance(shape, tuple) else (shape,)
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return ""
+    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    return f"{where} is {printable(repr(value))[:60]}, not {names}"
+
+
+def parse_json(data: bytes, file: str) -> Any:
+    """A JSON value without NaN; InputError names the file."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no JSON")
+
+    try:
+        return json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({printable(str(error))}); restore it") from None
+
+
+# 2. files -------------------------------------------------------------------------------------------------
+
+
+def listed(folder: Path) -> dict[str, Path]:
+    """{path with '/' below the folder: file}, sorted. InputError on a link, a device, or too many files."""
+    found: dict[str, Path] = {}
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{printable(str(error.filename))}: cannot be listed ({error.strerror}); check it")
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            shown, mode = printable(str(path)), path.lstat().st_mode
+            if not name.isprintable():
+                raise InputError(f"{shown}: control characters in a file name; rename it")
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise InputError(f"{shown}: a link or a device, evidence is plain files; replace it by its content")
+        found |= {Path(parent, name).relative_to(folder).as_posix(): Path(parent, name) for name in files}
+        if len(found) > MOST_FILES:
+            raise InputError(f"{printable(str(folder))}: holds over {MOST_FILES:,} files; is it the right folder?")
+    return dict(sorted(found.items()))
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a plain file of at most `most` bytes."""
+    shown = printable(str(path))
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{shown}: cannot be read ({error.strerror}); restore it") from None
+    if len(data) > most:
+        raise InputError(f"{shown}: over {most >> 20} MiB, more than a record's file can have; restore it")
+    return data
+
+
+def stem_of(log: str) -> str:
+    """A log's name without its ending."""
+    return LOG_END.sub("", log)
+
+
+def gather(files: dict[str, Path]) -> dict[str, bytes]:
+    """The evidence among files of a series' form, packed logs unpacked; other files are left out."""
+    logs = {name for name in files if is_log(name)}
+    twins = {stem_of(name) + twin for name in logs for twin in TWINS}
+    found, total = {}, 0
+    for name, path in files.items():
+        if name in logs:
+            key, data = stem_of(name) + LOG_END.search(name)[0].removesuffix(packing(name)), read_log(str(path))
+        elif name in twins or name in TOP:
+            key, data = name, read_bytes(path)
+        else:
+            continue
+        if key in found:
+            raise InputError(f"{printable(str(path))}: lies there twice, packed and not; remove one of them")
+        found[key], total = data, total + len(data)
+        if total > MOST_TOTAL:
+            raise InputError(f"{printable(str(path))}: with it the logs have over {MOST_TOTAL >> 30} GiB unpacked")
+    return found
+
+
+def packing(log: str) -> str:
+    """The suffix of a log's packer; '' for none."""
+    return LOG_END.search(log)[2] or ""
+
+
+def of_series(folder: Path) -> dict[str, bytes]:
+    """The evidence in a series' folder."""
+    if not (folder / PLAN).is_file():
+        above = folder.parent / PLAN
+        where = printable(str(folder.parent if above.is_file() else folder))
+        if above.is_file():
+            raise InputError(f"{printable(str(folder))}: is one arm; name the folder of its series, {where}")
+        raise InputError(f"{where}: has no {PLAN}, so it is no series of run.sh; make one: bash run.sh --help")
+    seen = {k: v for k, v in listed(folder).items() if not any(p.startswith(".") for p in k.split("/"))}
+    return gather(seen)
+
+
+def of_record(files: dict[str, Path]) -> dict[str, bytes]:
+    """The evidence among the files of a record's folder."""
+    inside = {name.removeprefix(f"{LOGS}/"): path for name, path in files.items() if name.startswith(f"{LOGS}/")}
+    return gather(inside | {name: files[name] for name in TOP if name in files})
+
+
+def write_series(files: dict[str, bytes], folder: Path) -> None:
+    """Lay evidence out as a series' folder."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def as_record(files: dict[str, bytes]) -> dict[str, bytes]:
+    """{path in a record's folder: bytes} of evidence. The same log gives the same bytes."""
+    import zstandard
+
+    packer = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+    found = {name: data for name, data in files.items() if name in TOP}
+    for name, data in files.items():
+        if is_log(name):
+            found[f"{LOGS}/{name}{PACKED}"] = packer.compress(data)
+        elif name not in TOP:
+            found[f"{LOGS}/{name}"] = data
+    return found
+
+
+# 3. the account -------------------------------------------------------------------------------------------
+
+ARM = {"arm": str, "name": str, "source": str, "files": dict}
+PLAN_SHAPE = {
+    "format": str,
+    "kind": str,
+    "made": str,
+    "arms": [ARM],
+    "runs": int,
+    "stop": {"rule": str, "least": int, "most": int},
+    "recipe": str,
+    "gpus": int,
+    "machine": [str],
+}
+ATTEMPT = {"attempt": int, "role": str, "arm": str, "seed": int, "position": int, "log": str, "source": str}
+EVENTS = {
+    "start": ATTEMPT | {"started": str, "plan": str, "format": str},
+    "end": ATTEMPT | {"status": str, "reason": str, "counted": bool},
+    "extend": {"runs": int},
+    "decision": {"after": int},
+}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the plan and the ledger of a series say."""
+
+    plan: dict
+    plan_hash: str
+    stated_hash: str
+    starts: tuple[dict, ...]
+    ends: tuple[dict, ...]
+    runs: int  # of each arm, that the series was to have in the end
+    extended: bool  # a series of one trainer that grew after its plan
+
+    @property
+    def counted(self) -> list[dict]:
+        """The ends that count, in the order of their attempts."""
+        return sorted((e for e in self.ends if e["role"] == "run" and e["counted"]), key=lambda e: e["attempt"])
+
+    @property
+    def arms(self) -> dict[str, dict]:
+        """The plan's arms by their letter."""
+        return {arm["arm"]: arm for arm in self.plan["arms"]}
+
+    @property
+    def date(self) -> str:
+        """The day of the last run, as the machine of the runs had it."""
+        started = {e["attempt"]: e["started"] for e in self.starts}
+        return max(str(e.get("ended") or started[e["attempt"]]) for e in self.ends if e["role"] == "run")[:10]
+
+    def folder(self, letter: str) -> str:
+        """Where the logs of an arm are, below the series' folder."""
+        return "." if self.plan["kind"] == "series" else self.arms[letter]["name"]
+
+
+def is_inside(path: str) -> bool:
+    """True for the plain relative path of a log that stays in its folder."""
+    parts = PurePosixPath(path).parts
+    plain = bool(parts) and "/".join(parts) == path and not {"..", "/"} & set(parts) and "\\" not in path
+    return plain and is_log(path)
+
+
+def account_of(files: dict[str, bytes]) -> Account:
+    """The account of evidence. InputError if a part of it is missing or malformed."""
+    if missing := [name for name in TOP if name not in files]:
+        raise InputError(f"{', '.join(missing)}: not in the series; restore it, without it there is no record")
+    plan = parse_json(files[PLAN], PLAN)
+    if wrong := misfit(plan, PLAN_SHAPE):
+        raise InputError(f"{PLAN}: {wrong}; restore it")
+    if plan["format"] != PLAN_FORMAT:
+        raise InputError(f"{PLAN}: format {printable(plan['format'])!r}, must be {PLAN_FORMAT}; restore it")
+    letters = {"series": ["A"], "ab": ["A", "B"]}.get(plan["kind"])
+    if letters is None:
+        kind = printable(plan["kind"])
+        raise InputError(f"{PLAN}: kind {kind!r}: a record is of a series of one trainer or of 'ab'; run one")
+    if [arm["arm"] for arm in plan["arms"]] != letters:
+        raise InputError(f"{PLAN}: a series of kind {plan['kind']} has the arms {', '.join(letters)}; restore it")
+    events: dict[str, list[dict]] = {name: [] for name in EVENTS}
+    for number, line in enumerate(files[LEDGER].splitlines(), 1):
+        event = parse_json(line, f"{LEDGER}, line {number}")
+        kind = event.get("event") if isinstance(event, dict) else None
+        wrong = misfit(event, EVENTS[kind]) if kind in EVENTS else "is no event of a series"
+        if not wrong and "log" in event and not is_inside(event["log"]):
+            wrong = f"log {printable(event['log'])!r} is no log below the series' folder"
+        if wrong:
+            raise InputError(f"{LEDGER}, line {number}: {wrong}; restore it")
+        events[kind].append(event)
+    stated = files[PLAN_HASH].decode("utf-8", "replace").split()
+    runs = max([plan["runs"], *(e["runs"] for e in events["extend"])])
+    if plan["stop"]["rule"] == "until-decided":
+        runs = min([plan["stop"]["most"], *(e["after"] for e in events["decision"])])
+    if not 1 <= runs <= MOST_RUNS:
+        raise InputError(f"{PLAN} and {LEDGER}: {runs} runs, must be 1 to {MOST_RUNS}; restore them")
+    return Account(
+        plan,
+        hashlib.sha256(files[PLAN]).hexdigest(),
+        stated[0] if stated else "",
+        tuple(events["start"]),
+        tuple(events["end"]),
+        runs,
+        bool(events["extend"]) and runs > plan["runs"],
+    )
+
+
+# 4. its faults --------------------------------------------------------------------------------------------
+
+
+def faults(account: Account, files: dict[str, bytes]) -> list[str]:
+    """Everything in which plan, ledger and logs do not agree, one sentence each; none for a record."""
+    found = [*plan_faults(account), *ledger_faults(account), *log_faults(account, files)]
+    return found or [*run_faults(account, files), *count_faults(account)]
+
+
+def moment(text: str) -> datetime | None:
+    """A time with its zone; None for anything else."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo else None
+
+
+def plan_faults(account: Account) -> Iterator[str]:
+    """The plan is the one that was hashed, and older than every run."""
+    if account.stated_hash != account.plan_hash:
+        yield f"{PLAN} is not what {PLAN_HASH} is the hash of: it was altered after it was made"
+    if other := {e["plan"] for e in account.starts} - {account.plan_hash}:
+        yield f"{PLAN} is not the plan of the runs: some were started under {some(sorted(h[:12] for h in other))}"
+    made = moment(account.plan["made"])
+    times = [moment(e["started"]) for e in account.starts]
+    if made is None or None in times:
+        yield f"{PLAN} or {LEDGER}: a time is not written as 2026-01-31T23:59:59+0000"
+    elif early := [e["log"] for e, time in zip(account.starts, times, strict=True) if time < made]:
+        yield f"started before {PLAN} was made ({account.plan['made']}): {printable(some(early))}"
+
+
+def ledger_faults(account: Account) -> Iterator[str]:
+    """Every attempt has one start and one end, about the same run."""
+    starts, ends = (Counter(e["attempt"] for e in found) for found in (account.starts, account.ends))
+    if twice := sorted(number for found in (starts, ends) for number, count in found.items() if count > 1):
+        yield f"{LEDGER}: attempt {some([str(n) for n in twice])} is there twice"
+    if formats := {e["format"] for e in account.starts} - {LEDGER_FORMAT}:
+        yield f"{LEDGER}: format {printable(some(sorted(formats)))}, must be {LEDGER_FORMAT}"
+    if alone := sorted(starts.keys() ^ ends.keys()):
+        numbers = some([str(n) for n in alone])
+        yield f"{LEDGER}: attempt {numbers} lacks its start or its end; the command of the series closes it"
+        return
+    begun = {e["attempt"]: e for e in account.starts}
+    for end in account.ends:
+        if any(end[key] != begun[end["attempt"]][key] for key in ATTEMPT):
+            yield f"{LEDGER}: start and end of attempt {end['attempt']} are not about the same run"
+
+
+def log_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:
+    """Every log of the ledger is there as it was closed, and no other one is."""
+    for end in account.ends:
+        log, stated = printable(end["log"]), end.get("log_sha256")
+        if end["log"] not in files:
+            if stated or end["counted"]:
+                yield f"{log} is missing: the ledger has it as {printable(end['status'])}"
+        elif stated != hashlib.sha256(files[end["log"]]).hexdigest():
+            yield f"{log} was altered: it does not have the hash that {LEDGER} states"
+    known = {end["log"] for end in account.ends}
+    if strangers := [name for name in files if is_log(name) and name not in known]:
+        yield f"not in {LEDGER}: {printable(some(strangers))}"
+
+
+def run_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:
+    """Every counted log is of the run that the plan says: source, seed, recipe, data, machine."""
+    plan = account.plan
+    data = plan.get("data_manifest")
+    for end in account.counted:
+        log, arm = printable(end["log"]), account.arms.get(end["arm"])
+        run = parse_log(files[end["log"]], log, log)[0]
+        if arm is None or PurePosixPath(end["log"]).parent.as_posix() != account.folder(end["arm"]):
+            yield f"{log} is not in the folder of arm {printable(end['arm'])}"
+            continue
+        facts = {
+            "source": (run.source, arm["source"]),
+            "source in the ledger": (end["source"], arm["source"]),
+            "seed": (run.head.get("seed"), end["seed"]),
+            "recipe": (run.head.get("recipe"), plan["recipe"]),
+            "data": (run.head.get("data", "").split(" ")[0] if data else None, f"sha256={data}" if data else None),
+            "start time": ("logged" if run.head.get("started") else "not logged", "logged"),
+            "end": ("done" if run.complete else "failed", "done" if end["status"] == "done" else "failed"),
+        }
+        for key, (is_, wanted) in facts.items():
+            if is_ != wanted:
+                shown = f"{printable(str(is_))[:72]}, must be {printable(str(wanted))[:72]}"
+                yield f"{log}: {key} of arm {end['arm']}: {shown}"
+        if odd := machine_fault(run, plan["machine"]):
+            yield f"{log}: {odd}"
+
+
+def machine_fault(run: Run, machine: list[str]) -> str:
+    """Why a run is not on the machine of the plan: UUIDs of GPUs, or a host without any; '' if it is."""
+    uuids, host = run.head.get("uuids", ""), run.head.get("host")
+    planned = {name for name in machine if name.startswith("GPU-")}
+    if planned and "MIG-" not in uuids:
+        others = set(filter(None, uuids.split(", "))) - planned
+        return f"ran on {some(sorted(others))}, which {PLAN} does not name" if others else ""
+    if not planned and not uuids and host not in machine:
+        return f"ran on host {printable(str(host))}, {PLAN} names {printable(some(machine))}"
+    return ""
+
+
+def count_faults(account: Account) -> Iterator[str]:
+    """As many runs as the plan says, each seed once in each arm, in the planned order."""
+    plan, counted = account.plan, account.counted
+    wanted = [(letter, seed) for seed in range(1, account.runs + 1) for letter in account.arms]
+    have = Counter((e["arm"], e["seed"]) for e in counted)
+    missing, over = [k for k in wanted if not have[k]], [k for k in have if have[k] > 1 or k not in wanted]
+    if missing:
+        shown = some([f"seed {seed} of arm {letter}" for letter, seed in missing])
+        yield f"the series is not finished, it lacks {shown}; the command that began it goes on"
+    if over:
+        yield f"more runs than planned: {some([f'seed {seed} of arm {printable(arm)}' for arm, seed in over])}"
+    if missing or over:
+        return
+    order = "".join(e["arm"] for e in counted)
+    planned = pattern(plan["kind"], account.runs)
+    if order != planned or any(a["position"] >= b["position"] for a, b in pairwise(counted)):
+        yield f"the runs were made in the order {order}, {PLAN} says {planned}"
