@@ -1329,6 +1329,8 @@ verdict:
   Each reason passes, fails, or stays open for want of runs. What a verdict refuses to rest on is a finding.
 
 subcommands:
+  compare_runs.py accept SERIES ...     judge a series of run.sh and write its record if a track accepts it
+  compare_runs.py verify [RECORD ...]   recompute records from their logs
   compare_runs.py diff A B              what changed between the sources of two logs
   compare_runs.py replay LOG FOLDER     write the sources of a log into a folder, ready to run
   compare_runs.py plan ...              how many runs a claim needs
@@ -1553,8 +1555,16 @@ def compare(argv: list[str] | None) -> tuple[str, int]:
 
 
 def subcommand(argv: list[str]) -> tuple[str, int] | None:
-    """(text, exit code) of diff, replay and plan; None if the first word is none of them."""
+    """(text, exit code) of accept, verify, diff, replay and plan; None if the first word is none of them."""
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name == "accept":
+        from recordbook import book
+
+        return book.accept_command(rest)
+    if name == "verify":
+        from recordbook import verify
+
+        return verify.verify_command(rest)
     if name in ("diff", "replay"):
         from recordbook import sources
 

@@ -47,7 +47,9 @@ from recordbook.verdict import Case, Reason, Verdict
 FORMAT = "splits.record/1"
 RESULT, README, MANIFEST = "result.json", "README.md", "MANIFEST.sha256"
 OWN_FILES = (RESULT, README, MANIFEST, *evidence.TOP)  # names that no source of a record may have
-BASELINE = "baseline"  # the claim of a track's first record: it reaches the target, and is faster than nothing
+BASELINE = (
+    "baseline"  # the claim of a track's first record: it reaches the target, and is faster than nothing
+)
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 FOLDER = re.compile(r"(\d{4}-\d{2}-\d{2})_([a-z0-9]+(?:-[a-z0-9]+)*)")
 LONGEST_NAME = 60
@@ -89,9 +91,23 @@ FINDING = {"code": str, "level": str, "text": str, "files": [str]}
 # `id` is what tells machines apart: the UUIDs of the GPUs, or the host's name without any.
 MACHINE = {"id": str, "host": MAYBE_TEXT, "hardware": str, "driver": MAYBE_TEXT, "data": MAYBE_TEXT}
 # Of the candidate over its own baseline arm: seconds saved, the two-sided interval of that at `level`.
-GAIN = {"seconds": NUMBER, "relative": NUMBER, "low": NUMBER, "high": NUMBER, "level": NUMBER, "p": NUMBER, "test": str}
+GAIN = {
+    "seconds": NUMBER,
+    "relative": NUMBER,
+    "low": NUMBER,
+    "high": NUMBER,
+    "level": NUMBER,
+    "p": NUMBER,
+    "test": str,
+}
 # The newest record when this one was accepted; `comparable`: '' if the times can be compared, else why not.
-PREVIOUS = {"record": str, "time_mean": NUMBER, "loss_mean": NUMBER, "comparable": str, "is_baseline_arm": bool}
+PREVIOUS = {
+    "record": str,
+    "time_mean": NUMBER,
+    "loss_mean": NUMBER,
+    "comparable": str,
+    "is_baseline_arm": bool,
+}
 SHAPE = {
     "format": str,
     "track": str,
@@ -122,9 +138,16 @@ def unlike(content: Any) -> str:
             return f"{key} is missing"
         if content[key] is not None and (wrong := evidence.misfit(content[key], shape, key)):
             return wrong
+    if (
+        not FOLDER.fullmatch(f"{content['date']}_{content['name']}")
+        or evidence.moment(f"{content['date']}T00Z") is None
+    ):
+        return f"date {printable(content['date'])!r} or name {printable(content['name'])!r} is none"
     roles = [arm["role"] for arm in content["arms"]]
     if roles != (["candidate"] if content["claim"] == BASELINE else ["baseline", "candidate"]):
-        return f"arms have the roles {printable(some(roles)) or 'of nobody'}, which is not a claim of its kind"
+        return (
+            f"arms have the roles {printable(some(roles)) or 'of nobody'}, which is not a claim of its kind"
+        )
     if content["claim"] not in (BASELINE, *CLAIMS):
         return f"claim {printable(content['claim'])!r} is unknown"
     for curve in content["curves"]:
@@ -195,12 +218,17 @@ def read_record(folder: str | Path) -> Record:
     """The record of a folder; InputError if its result.json is malformed. verify.py checks that it is true."""
     path = Path(folder, RESULT)
     if path.is_symlink() or not path.is_file():
-        raise InputError(f"{printable(str(path))}: no such file, so {printable(str(folder))} is no record; restore it")
-    content, shown = evidence.parse_json(evidence.read_bytes(path), printable(str(path))), printable(str(path))
+        raise InputError(
+            f"{printable(str(path))}: no such file, so {printable(str(folder))} is no record; restore it"
+        )
+    content, shown = (
+        evidence.parse_json(evidence.read_bytes(path), printable(str(path))),
+        printable(str(path)),
+    )
     if wrong := unlike(content):
         raise InputError(f"{shown}: {wrong}; restore it")
     record = Record(path.parent, content)
-    if record.id != path.parent.resolve().name:
+    if record.id != os.path.basename(os.path.abspath(folder)):
         raise InputError(f"{shown}: is of {printable(record.id)}, a record's folder is named so; rename it")
     return record
 
@@ -241,16 +269,24 @@ def one_source(account: Account, files: dict[str, bytes], letter: str) -> list[S
     """The sources in the logs of an arm, which must be the same in every one, and safe to write out."""
     first: list[Source] = []
     for end in account.ends:
-        if end["arm"] != letter or end["log"] not in files or (not end["counted"] and end["status"] != "done"):
+        if (
+            end["arm"] != letter
+            or end["log"] not in files
+            or (not end["counted"] and end["status"] != "done")
+        ):
             continue
         found = sources_of(files[end["log"]], printable(end["log"]))
         check_whole(found, printable(end["log"]))
         if first and found != first:
-            raise InputError(f"{printable(end['log'])}: holds other sources than the first log of its arm; look at both")
+            raise InputError(
+                f"{printable(end['log'])}: holds other sources than the first log of its arm; look at both"
+            )
         first = found
     for source in first:
         if source.name.casefold() in {name.casefold() for name in (*OWN_FILES, evidence.LOGS)}:
-            raise InputError(f"source {source.name}: a record has a file of that name itself; rename the trainer")
+            raise InputError(
+                f"source {source.name}: a record has a file of that name itself; rename the trainer"
+            )
     return first
 
 
@@ -265,7 +301,11 @@ def judge(files: dict[str, bytes], folder: Path, track: Track, claim: str) -> Ju
     arms = []
     for letter, planned in account.arms.items():
         arm = load_arm(str(folder / account.folder(letter)))
-        arm.name, arm.metric, arm.higher = printable(planned["name"]), track.metric, track.direction == "higher"
+        arm.name, arm.metric, arm.higher = (
+            printable(planned["name"]),
+            track.metric,
+            track.direction == "higher",
+        )
         arms.append(arm)
     if claim == BASELINE:
         found = decide_baseline(arms[0], track, account.extended)
@@ -278,7 +318,10 @@ def machine_of(run: Run) -> dict:
     """What tells machines, and data, apart."""
     head = run.head
     facts = {key: head.get(key) for key in ("host", "driver", "data")}
-    return {"id": head.get("uuids") or head.get("host") or "unknown", "hardware": run.hardware or "unknown"} | facts
+    return {
+        "id": head.get("uuids") or head.get("host") or "unknown",
+        "hardware": run.hardware or "unknown",
+    } | facts
 
 
 def run_content(run: Run, arm: Arm, folder: Path, ended: dict[str, str]) -> dict:
@@ -328,7 +371,9 @@ def previous_of(newest: Record | None, machine: dict, base_source: str | None) -
     if newest is None:
         return None
     differ = [
-        word for key, word in (("id", "another machine"), ("data", "other data")) if machine[key] != newest.machine[key]
+        word
+        for key, word in (("id", "another machine"), ("data", "other data"))
+        if machine[key] != newest.machine[key]
     ]
     stats = newest.own.stats
     return {
@@ -410,11 +455,22 @@ def decide_baseline(arm: Arm, track: Track, extended: bool) -> Verdict:
         reasons = [verdict.target_reason(case), *failed_baseline(case)]
         text = f"runs: {n} complete, the rule is at least {track.min_runs}"
         enough = n >= track.min_runs
-        reasons.append(Reason("runs", *((verdict.PASS, text) if enough else (verdict.OPEN, text, None, track.min_runs))))
+        reasons.append(
+            Reason("runs", *((verdict.PASS, text) if enough else (verdict.OPEN, text, None, track.min_runs)))
+        )
     reasons += verdict.finding_reasons(findings, n, track)
     outcome, more = verdict.outcome_of(reasons, n)
     return Verdict(
-        outcome, more, "", arm.name, BASELINE, track.name, track.alpha, tuple(reasons), tuple(findings), statistics
+        outcome,
+        more,
+        "",
+        arm.name,
+        BASELINE,
+        track.name,
+        track.alpha,
+        tuple(reasons),
+        tuple(findings),
+        statistics,
     )
 
 
@@ -424,4 +480,162 @@ def failed_baseline(case: Case) -> list[Reason]:
         return []
     target = -case.track.target if case.track.direction == "higher" else case.track.target
     new = verdict.oriented(case.new, case.track)
-    return [verdict.failed_reason(case, "failed", "losses: sign test", lambda n: verdict.sign_p(case, new, target, n))]
+    return [
+        verdict.failed_reason(
+            case, "failed", "losses: sign test", lambda n: verdict.sign_p(case, new, target, n)
+        )
+    ]
+
+
+# 5. accepting ---------------------------------------------------------------------------------------------
+
+
+def check_name(name: str) -> None:
+    """Refuse a record's name that would not be a plain part of a path and of a link."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        rule = f"up to {LONGEST_NAME} small letters and digits, parts joined by '-', such as fused-head"
+        raise InputError(f"--name {printable(name)!r}: must be {rule}; choose another")
+
+
+def check_claim(claim: str | None, track: Track, earlier: Sequence[Record]) -> str:
+    """The claim, if the track accepts it now."""
+    known = [*track.claims, BASELINE]
+    if claim is None:
+        raise InputError(
+            f"--track {track.name}: accepts several claims; add --claim {' or --claim '.join(known)}"
+        )
+    if claim not in known:
+        raise InputError(f"--claim {claim}: track {track.name} accepts {', '.join(known)}; make that claim")
+    if claim == BASELINE and earlier:
+        first = earlier[0].id
+        raise InputError(
+            f"--claim {BASELINE}: is for the first record of a track, there is {first}; compare with it"
+        )
+    return claim
+
+
+def check_new(judged: Judged, earlier: Sequence[Record]) -> None:
+    """Refuse runs that an accepted record already rests on."""
+    digests = {run.digest: run.name for run in judged.arms[-1].runs}
+    for record in earlier:
+        if used := [digests[run["sha256"]] for run in record.own.runs if run["sha256"] in digests]:
+            raise InputError(
+                f"{printable(some(used))}: record {record.id} rests on the same logs; a run counts once, make new ones"
+            )
+
+
+def generated(content: dict, stored: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a record that are made from its result: result.json, README.md, MANIFEST.sha256."""
+    from recordbook import pages
+
+    made = {RESULT: pages.json_text(content).encode(), README: pages.record_page(content).encode()}
+    return made | {MANIFEST: pages.manifest(stored | made).encode()}
+
+
+def write_files(files: dict[str, bytes], folder: Path) -> None:
+    """Write files below a new folder."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def refused(judged: Judged, track: Track, claim: str) -> str:
+    """The verdict with its reasons, as compare_runs.py prints it."""
+    found = judged.verdict
+    lines = [f"Verdict on {found.candidate}: {found.line}"]
+    lines.append(f"  ({verdict.described(track, claim, found.alpha)})")
+    lines += [f"  {reason.state}: {reason.text}" for reason in found.reasons]
+    return "\n".join(printable(line) for line in [*lines, *(f"  {finding_line(f)}" for f in found.findings)])
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What accept was asked for."""
+
+    series: Path
+    track: Track
+    name: str
+    claim: str
+    records: Path
+
+
+def accept(proposal: Proposal) -> tuple[str, int]:
+    """(what to print, exit code) of a proposal; writes the record and the track's pages on ACCEPT alone."""
+    from recordbook import verify
+
+    track, place = proposal.track, proposal.records / proposal.track.name
+    earlier = records_of(track.name, proposal.records)
+    files = evidence.of_series(proposal.series)
+    judged = judge(files, proposal.series, track, proposal.claim)
+    check_new(judged, earlier)
+    shown = refused(judged, track, proposal.claim)
+    if judged.verdict.outcome != verdict.ACCEPT:
+        return f"{shown}\nNothing was written.", 1 if judged.verdict.outcome == verdict.REJECT else 4
+    content = contents(judged, proposal.series, track, proposal.claim, proposal.name)
+    source = content["arms"][0]["source"] if len(content["arms"]) > 1 else None
+    content["previous"] = previous_of(earlier[-1] if earlier else None, content["machine"], source)
+    target = place / f"{content['date']}_{proposal.name}"
+    if taken := [record.id for record in earlier if record.name == proposal.name] or os.path.lexists(target):
+        where = taken[0] if isinstance(taken, list) else target.name
+        raise InputError(f"--name {proposal.name}: record {where} has that name; choose another")
+    stored = evidence.as_record(files) | {source.name: source.text for source in judged.sources}
+    temporary = place / f".{os.getpid()}.tmp"
+    try:
+        write_files(stored | generated(content, stored), temporary / target.name)
+        if wrong := verify.record_faults(temporary / target.name, track, earlier):
+            raise InputError(
+                f"{target.name}: would not verify ({'; '.join(wrong)}); nothing was written, report this"
+            )
+        os.rename(temporary / target.name, target)
+    except OSError as error:
+        raise InputError(
+            f"{printable(str(target))}: cannot be written ({error.strerror}); check it"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    pages_written = verify.write_track(track, proposal.records)
+    written = [f"Accepted: {target}", *(f"Refreshed: {path}" for path in pages_written), *remarks(content)]
+    return "\n".join([shown, *map(printable, written)]), 0
+
+
+def remarks(content: dict) -> list[str]:
+    """What a reader of a record must know beside its numbers."""
+    from recordbook import pages
+
+    return pages.beside_previous(content)
+
+
+# 6. command line ------------------------------------------------------------------------------------------
+
+ACCEPT_HELP = """SERIES is a folder that run.sh made: of two arms (bash run.sh ab A.py B.py N), A being the baseline, or of one
+trainer (bash run.sh N), which only the claim `baseline` fits, for the first record of a track.
+On ACCEPT it writes RECORDS/TRACK/<date of the last run>_NAME/ and refreshes the track's README.md and plot.
+On REJECT and INCONCLUSIVE it prints the reasons and writes nothing.
+Exit codes: 0 accepted, 1 REJECT, 4 INCONCLUSIVE, 2 bad input, which plan, ledger and logs that disagree are."""
+
+
+def accept_command(argv: Sequence[str]) -> tuple[str, int]:
+    """`accept SERIES --track T --name N --claim C`."""
+    import argparse
+
+    parser = Parser(
+        prog="compare_runs.py accept",
+        description="Judge a series by a track's rules, and write the record if they accept it.",
+        epilog=ACCEPT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("series", metavar="SERIES", help="the folder with plan.json and ledger.jsonl")
+    parser.add_argument("--track", required=True, metavar="TRACK", help="a folder of records/")
+    parser.add_argument(
+        "--name", required=True, metavar="NAME", help="of the record: small letters, digits, '-'"
+    )
+    parser.add_argument("--claim", choices=(*CLAIMS, BASELINE), help="what is claimed")
+    parser.add_argument("--records", default=str(RECORDS), metavar="DIR", help="the book; default: records/")
+    args = parser.parse_args(argv)
+    check_name(args.name)
+    track = find_track(args.track, args.records)
+    claim = check_claim(args.claim, track, records_of(track.name, args.records))
+    if not os.path.isdir(args.series):
+        raise InputError(f"{printable(args.series)}: no such folder; name the folder of a series")
+    return accept(Proposal(Path(args.series), track, args.name, claim, Path(args.records)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -68,13 +69,18 @@ def misfit(value: Any, shape: Any, where: str = "") -> str:
 
 
 def parse_json(data: bytes, file: str) -> Any:
-    """A JSON value without NaN; InputError names the file."""
+    """A JSON value whose numbers are finite and of sane length; InputError names the file."""
 
-    def refuse(text: str) -> None:
-        raise ValueError(f"{text} is no JSON")
+    def number(text: str, kind: type = float) -> int | float:
+        if len(text) > 40 or not math.isfinite(value := kind(text)):
+            raise ValueError(f"{text[:40]} is no number of a record")
+        return value
+
+    def whole(text: str) -> int:
+        return number(text, int)
 
     try:
-        return json.loads(data, parse_constant=refuse)
+        return json.loads(data, parse_float=number, parse_int=whole, parse_constant=number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({printable(str(error))}); restore it") from None
 
@@ -96,10 +102,14 @@ def listed(folder: Path) -> dict[str, Path]:
             if not name.isprintable():
                 raise InputError(f"{shown}: control characters in a file name; rename it")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise InputError(f"{shown}: a link or a device, evidence is plain files; replace it by its content")
+                raise InputError(
+                    f"{shown}: a link or a device, evidence is plain files; replace it by its content"
+                )
         found |= {Path(parent, name).relative_to(folder).as_posix(): Path(parent, name) for name in files}
         if len(found) > MOST_FILES:
-            raise InputError(f"{printable(str(folder))}: holds over {MOST_FILES:,} files; is it the right folder?")
+            raise InputError(
+                f"{printable(str(folder))}: holds over {MOST_FILES:,} files; is it the right folder?"
+            )
     return dict(sorted(found.items()))
 
 
@@ -128,7 +138,10 @@ def gather(files: dict[str, Path]) -> dict[str, bytes]:
     found, total = {}, 0
     for name, path in files.items():
         if name in logs:
-            key, data = stem_of(name) + LOG_END.search(name)[0].removesuffix(packing(name)), read_log(str(path))
+            key, data = (
+                stem_of(name) + LOG_END.search(name)[0].removesuffix(packing(name)),
+                read_log(str(path)),
+            )
         elif name in twins or name in TOP:
             key, data = name, read_bytes(path)
         else:
@@ -137,7 +150,9 @@ def gather(files: dict[str, Path]) -> dict[str, bytes]:
             raise InputError(f"{printable(str(path))}: lies there twice, packed and not; remove one of them")
         found[key], total = data, total + len(data)
         if total > MOST_TOTAL:
-            raise InputError(f"{printable(str(path))}: with it the logs have over {MOST_TOTAL >> 30} GiB unpacked")
+            raise InputError(
+                f"{printable(str(path))}: with it the logs have over {MOST_TOTAL >> 30} GiB unpacked"
+            )
     return found
 
 
@@ -153,14 +168,18 @@ def of_series(folder: Path) -> dict[str, bytes]:
         where = printable(str(folder.parent if above.is_file() else folder))
         if above.is_file():
             raise InputError(f"{printable(str(folder))}: is one arm; name the folder of its series, {where}")
-        raise InputError(f"{where}: has no {PLAN}, so it is no series of run.sh; make one: bash run.sh --help")
+        raise InputError(
+            f"{where}: has no {PLAN}, so it is no series of run.sh; make one: bash run.sh --help"
+        )
     seen = {k: v for k, v in listed(folder).items() if not any(p.startswith(".") for p in k.split("/"))}
     return gather(seen)
 
 
 def of_record(files: dict[str, Path]) -> dict[str, bytes]:
     """The evidence among the files of a record's folder."""
-    inside = {name.removeprefix(f"{LOGS}/"): path for name, path in files.items() if name.startswith(f"{LOGS}/")}
+    inside = {
+        name.removeprefix(f"{LOGS}/"): path for name, path in files.items() if name.startswith(f"{LOGS}/")
+    }
     return gather(inside | {name: files[name] for name in TOP if name in files})
 
 
@@ -224,7 +243,9 @@ class Account:
     @property
     def counted(self) -> list[dict]:
         """The ends that count, in the order of their attempts."""
-        return sorted((e for e in self.ends if e["role"] == "run" and e["counted"]), key=lambda e: e["attempt"])
+        return sorted(
+            (e for e in self.ends if e["role"] == "run" and e["counted"]), key=lambda e: e["attempt"]
+        )
 
     @property
     def arms(self) -> dict[str, dict]:
@@ -252,7 +273,9 @@ def is_inside(path: str) -> bool:
 def account_of(files: dict[str, bytes]) -> Account:
     """The account of evidence. InputError if a part of it is missing or malformed."""
     if missing := [name for name in TOP if name not in files]:
-        raise InputError(f"{', '.join(missing)}: not in the series; restore it, without it there is no record")
+        raise InputError(
+            f"{', '.join(missing)}: not in the series; restore it, without it there is no record"
+        )
     plan = parse_json(files[PLAN], PLAN)
     if wrong := misfit(plan, PLAN_SHAPE):
         raise InputError(f"{PLAN}: {wrong}; restore it")
@@ -263,7 +286,9 @@ def account_of(files: dict[str, bytes]) -> Account:
         kind = printable(plan["kind"])
         raise InputError(f"{PLAN}: kind {kind!r}: a record is of a series of one trainer or of 'ab'; run one")
     if [arm["arm"] for arm in plan["arms"]] != letters:
-        raise InputError(f"{PLAN}: a series of kind {plan['kind']} has the arms {', '.join(letters)}; restore it")
+        raise InputError(
+            f"{PLAN}: a series of kind {plan['kind']} has the arms {', '.join(letters)}; restore it"
+        )
     events: dict[str, list[dict]] = {name: [] for name in EVENTS}
     for number, line in enumerate(files[LEDGER].splitlines(), 1):
         event = parse_json(line, f"{LEDGER}, line {number}")
@@ -369,7 +394,10 @@ def run_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:
             "source in the ledger": (end["source"], arm["source"]),
             "seed": (run.head.get("seed"), end["seed"]),
             "recipe": (run.head.get("recipe"), plan["recipe"]),
-            "data": (run.head.get("data", "").split(" ")[0] if data else None, f"sha256={data}" if data else None),
+            "data": (
+                run.head.get("data", "").split(" ")[0] if data else None,
+                f"sha256={data}" if data else None,
+            ),
             "start time": ("logged" if run.head.get("started") else "not logged", "logged"),
             "end": ("done" if run.complete else "failed", "done" if end["status"] == "done" else "failed"),
         }

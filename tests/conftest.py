@@ -155,7 +155,13 @@ def write_series(
     plan = {"format": runs.PLAN_FORMAT, "kind": kind, "made": f"{started}T09:00:00+0000", "arms": arms}
     plan |= {"runs": n, "order": runs.pattern(kind, n), "seeds": list(range(1, n + 1)), "alpha": 0.01}
     plan |= {"test": runs.TESTS[rule], "stop": {"rule": rule, "least": n, "most": n}, "warm_up": False}
-    plan |= {"recipe": "tiny", "data": "data/default", "data_manifest": "d" * 64, "gpus": 0, "machine": ["node1"]}
+    plan |= {
+        "recipe": "tiny",
+        "data": "data/default",
+        "data_manifest": "d" * 64,
+        "gpus": 0,
+        "machine": ["node1"],
+    }
     runs.write_plan(folder, plan)
     ledger, bound = runs.Ledger(folder), {"format": runs.LEDGER_FORMAT}
     bound["plan"] = runs.digest_of((folder / runs.PLAN).read_bytes())
@@ -168,15 +174,33 @@ def write_series(
         status = "diverged at step 12: nan" if seconds is None else "done"
         facts = {"gpu_0": None, "cpu": "Test CPU", "driver": None, "target": "4.15"}
         facts |= {"started": f"{clock}:00+0000", "run_id": f"{folder.name}-{letter}{seed}"} | meta
-        text = our_log(loss, round(1000 * (seconds or 2)), seed, status, SOURCES[letter], **facts, stop=None if seconds else 12)
+        text = our_log(
+            loss,
+            round(1000 * (seconds or 2)),
+            seed,
+            status,
+            SOURCES[letter],
+            **facts,
+            stop=None if seconds else 12,
+        )
         log = folder / ("" if kind == "series" else arm["name"]) / f"run-{seed:03d}.txt"
         log.write_text(text)
         log.with_suffix(".json").write_text("{}\n")
-        which = {"attempt": ledger.next_attempt(), "role": "run", "arm": letter, "seed": seed, "position": position}
+        which = {
+            "attempt": ledger.next_attempt(),
+            "role": "run",
+            "arm": letter,
+            "seed": seed,
+            "position": position,
+        }
         which |= {"log": log.relative_to(folder).as_posix(), "source": arm["source"]}
         ledger.append("start", **which, started=f"{clock}:00+0000", **bound)
         end = {"status": status.split(" ")[0], "reason": "", "exit_code": 0, "counted": True}
-        end |= {"log_sha256": hashlib.sha256(text.encode()).hexdigest(), "wall_s": 3.0, "ended": f"{clock}:30+0000"}
+        end |= {
+            "log_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "wall_s": 3.0,
+            "ended": f"{clock}:30+0000",
+        }
         ledger.append("end", **which, **end, gpu=None)
     ledger.file.close()
     return folder

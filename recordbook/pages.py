@@ -1,0 +1,313 @@
+"""The pages of the record book: README.md of a record and of a track, and the track's plot.
+
+All are pure functions of result.json, so that what a page says is what the file holds, and verify.py makes
+them again. Order of this file: parts, a record's page, a track's page, the plot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+
+from compare_runs import Row, printable, table
+
+from recordbook.book import BASELINE, MANIFEST, README, RESULT, Record
+from recordbook.tracks import Track
+
+PLOT = "history.svg"
+PLOT_FORMAT = "splits.history/1"
+PLOT_DATA = re.compile(rb"<!-- splits\.history/1 (\{.*\}) -->")
+
+# 1. parts -------------------------------------------------------------------------------------------------
+
+
+def json_text(content: dict) -> str:
+    """The text of result.json."""
+    return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
+
+
+def manifest(files: dict[str, bytes]) -> str:
+    """The hash of each file, as `sha256sum -c` reads it."""
+    rows = sorted(
+        (name, hashlib.sha256(data).hexdigest()) for name, data in files.items() if name != MANIFEST
+    )
+    return "".join(f"{digest}  {name}\n" for name, digest in rows)
+
+
+def cell(text: object) -> str:
+    """A text for a Markdown table, list or line: what Markdown or HTML would read is escaped."""
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", printable(str(text)))
+
+
+def grid(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """A Markdown table; the columns in `numbers` are aligned to the right."""
+    rule = ["---:" if i in numbers else "---" for i in range(len(heads))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *rows])
+
+
+def probability(p: float | None) -> str:
+    """A p-value at the precision of the reasons."""
+    return "-" if p is None else f"{p:.3g}"
+
+
+def gain_text(gain: dict | None) -> str:
+    """'0.1033 s (4.90%), 98% interval 0.0962 to 0.1104'."""
+    if gain is None:
+        return "-"
+    sized = f"{gain['seconds']:.4f} s ({gain['relative']:.2%})"
+    return f"{sized}, {gain['level']:.0%} interval {gain['low']:.4f} to {gain['high']:.4f}"
+
+
+# 2. a record's page ---------------------------------------------------------------------------------------
+
+
+def beside_previous(content: dict) -> list[str]:
+    """How a record stands beside the newest one when it was accepted, one sentence each."""
+    before = content["previous"]
+    if before is None:
+        return ["It is the first record of the track."]
+    lines = [
+        f"The track's record was {before['record']}: {before['time_mean']:.4f} s, loss {before['loss_mean']:.4f}."
+    ]
+    if before["comparable"]:
+        lines.append(
+            f"The two times cannot be compared, they are from {before['comparable']}:"
+            " one source differs by about 1 % between nodes, as much as a typical record gains."
+        )
+    else:
+        gap = content["arms"][-1]["stats"]["time_mean"] - before["time_mean"]
+        lines.append(
+            f"Both ran on the same machine and data; this time is {gap:+.4f} s beside it, at another hour."
+        )
+    if content["claim"] != BASELINE:
+        said = (
+            "has the source of that record"
+            if before["is_baseline_arm"]
+            else "is another source than that record"
+        )
+        lines.append(f"The baseline arm {said}.")
+    return lines
+
+
+def result_lines(content: dict) -> list[str]:
+    """The result in its first sentences."""
+    rules, stats = content["rules"], content["arms"][-1]["stats"]
+    lines = [
+        f"**Result: {stats['time_mean']:.4f} s** (sd {stats['time_sd']:.4f}, n = {stats['runs']}) to {rules['metric']} "
+        f"{stats['loss_mean']:.4f} (sd {stats['loss_sd']:.4f}; target {rules['target']:g}, "
+        f"p = {probability(stats['loss_p'])}), {cell(content['machine']['hardware'])}."
+    ]
+    if content["claim"] == BASELINE:
+        why = "the target is reached, and no gain in time is claimed, only the time recorded"
+        return [*lines, f"Claim `{BASELINE}`, the first record of the track: {why}."]
+    way = {"systems": "the maths is the same, faster, and the loss not worse by the margin"}
+    why = way.get(content["claim"], "the maths is not the same: faster, and the target reached")
+    return [
+        *lines,
+        f"Claim `{content['claim']}` ({why}): {gain_text(content['gain'])}, faster than its own baseline arm, "
+        f"run in turn with it on the same machine; p = {probability(content['verdict']['p'])} "
+        f"at level {content['verdict']['alpha']:g}.",
+    ]
+
+
+def run_rows(content: dict) -> list[list[str]]:
+    """Every attempt of every arm."""
+    rows = []
+    for arm in content["arms"]:
+        for run in arm["runs"]:
+            seconds, metric = (
+                "-" if run[key] is None else f"{run[key]:.4f}" for key in ("seconds", "metric")
+            )
+            peak, ended = "-" if run["peak_mib"] is None else str(run["peak_mib"]), run["ended"]
+            rows.append(
+                [f"`{run['log']}`", str(run["seed"]), ended, str(run["steps"]), seconds, metric, peak]
+            )
+    return [[part if part.startswith("`") else cell(part) for part in row] for row in rows]
+
+
+def facts(content: dict) -> list[str]:
+    """Plan, machine, versions and sources, a line each."""
+    plan, machine, versions = content["plan"], content["machine"], content["versions"]
+    grown = ", extended later" if plan["extended"] else ""
+    named = ", ".join(f"{key} {versions[key]}" for key in sorted(versions) if versions[key])
+    sources = [f"{arm['name']} ({arm['role']}): source {arm['source']}" for arm in content["arms"]]
+    told = [
+        f"plan of {plan['made']}, sha256 {plan['sha256']}: {plan['runs']} runs of each arm, rule {plan['rule']}{grown}",
+        *sources,
+        f"machine {machine['id']}, host {machine['host']}, driver {machine['driver']}",
+        f"data {machine['data']}",
+        named,
+    ]
+    return [f"- {cell(line)}" for line in told]
+
+
+def record_page(content: dict) -> str:
+    """README.md of a record."""
+    arms, track = content["arms"], content["track"]
+    rows = [Row(**arm["stats"]) for arm in arms]
+    names = [cell(arm["name"]) for arm in arms]
+    files = ", ".join(f"`{name}`" for name in sorted(arms[-1]["files"]))
+    verdict = content["verdict"]
+    findings = [f"{found['level']}: {found['text']}" for found in verdict["findings"]]
+    heads = ["log", "seed", "end", "steps", "time (s)", content["rules"]["metric"], "peak MiB"]
+    parts = [
+        f"# {track}: {content['name']} ({content['date']})",
+        "\n".join(result_lines(content)),
+        "\n".join(beside_previous(content)),
+        table(names, rows, content["rules"]["metric"], markdown=True),
+        f"## Verdict: {verdict['outcome']}",
+        "\n".join(f"- {reason['state']}: {cell(reason['text'])}" for reason in verdict["reasons"]),
+        *(["Findings:", "\n".join(f"- {cell(line)}" for line in findings)] if findings else []),
+        "## Runs",
+        grid(heads, run_rows(content), range(1, 7)),
+        "Every attempt of the ledger is there. `seed` and `end` are the ledger's; only whole runs are averaged.",
+        "## Evidence",
+        "\n".join(facts(content)),
+        f"What ran: {files}, equal to the source in every log of {cell(arms[-1]['name'])}. "
+        "The baseline's source is in its logs: `python compare_runs.py replay LOG FOLDER` writes it out.",
+        f"This page and `{RESULT}` are made from `logs/`; the check makes them again:",
+        f"```bash\npython compare_runs.py verify records/{track}/{content['date']}_{content['name']}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# 3. a track's page ----------------------------------------------------------------------------------------
+
+
+def machine_letters(records: Sequence[Record]) -> dict[str, str]:
+    """A short name for each machine, in the order in which they appear: M1, M2, ..."""
+    return {machine: f"M{i}" for i, machine in enumerate(dict.fromkeys(r.machine["id"] for r in records), 1)}
+
+
+def history(records: Sequence[Record]) -> list[dict]:
+    """The numbers of the table and the plot, one row a record."""
+    letters, rows = machine_letters(records), []
+    for record in records:
+        stats, gain = record.own.stats, record.gain
+        rows.append(
+            {
+                "record": record.id,
+                "date": record.date,
+                "claim": record.claim,
+                "n": stats["runs"],
+                "time_mean": stats["time_mean"],
+                "time_sd": stats["time_sd"],
+                "loss_mean": stats["loss_mean"],
+                "loss_sd": stats["loss_sd"],
+                "p": stats["loss_p"],
+                "gain": gain and {key: gain[key] for key in ("seconds", "relative", "low", "high", "level")},
+                "base_mean": record.baseline.stats["time_mean"] if record.baseline else None,
+                "machine": letters[record.machine["id"]],
+                "hardware": record.machine["hardware"],
+            }
+        )
+    return rows
+
+
+def track_page(track: Track, records: Sequence[Record]) -> str:
+    """README.md of a track."""
+    goal = "at most" if track.direction == "lower" else "at least"
+    rows = [
+        [
+            row["date"],
+            f"[{row['record'].partition('_')[2]}]({row['record']}/{README})",
+            row["claim"],
+            f"{row['time_mean']:.4f}",
+            f"{row['time_sd']:.4f}",
+            str(row["n"]),
+            f"{row['loss_mean']:.4f}",
+            f"{row['loss_sd']:.4f}",
+            probability(row["p"]),
+            gain_text(row["gain"]),
+            cell(f"{row['machine']}: {row['hardware']}"),
+        ]
+        for row in history(records)
+    ]
+    heads = ["date", "record", "claim", "Time \u03bc", "Time \u03c3", "Runs", f"{track.metric} \u03bc"]
+    heads += [f"{track.metric} \u03c3", "p", "gain over its own baseline arm", "machine"]
+    rules = (
+        f"{track.metric} of {goal} {track.target:g}, level {track.alpha:g}, at least {track.min_runs} runs of each arm, "
+        f"margin {track.margin:g}, time test {track.time_test}; all rules: [track.toml](track.toml)."
+    )
+    parts = [
+        f"# Track {track.name}: {cell(track.title)}",
+        rules,
+        grid(heads, rows, range(3, 9)),
+        "Times in seconds. p: one-sample t-test against the target. Compare times of one machine (M1, M2, ...) alone; "
+        "across machines the gain over the arm that ran in turn with the record is what stands.",
+        f"![Records of track {track.name} over time]({PLOT})",
+        "Made by `python compare_runs.py accept`; `verify` checks it.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# 4. the plot ----------------------------------------------------------------------------------------------
+
+
+def draw(figure, rows: Sequence[dict], title: str) -> None:
+    """Times by machine above, gains over the own baseline arm below, by date."""
+    from datetime import date
+
+    times, gains = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for i, machine in enumerate(dict.fromkeys(row["machine"] for row in rows)):
+        own = [row for row in rows if row["machine"] == machine]
+        days = [date.fromisoformat(row["date"]) for row in own]
+        means, sds = ([row[key] for row in own] for key in ("time_mean", "time_sd"))
+        label = f"{machine}: {own[0]['hardware']}".replace("$", r"\$")
+        times.errorbar(
+            days, means, yerr=sds, fmt="o-", ms=4, lw=1, capsize=3, color=f"C{i % 10}", label=label
+        )
+        won = [
+            (day, row["gain"], row["base_mean"]) for day, row in zip(days, own, strict=True) if row["gain"]
+        ]
+        if won:
+            middle = [100 * gain["relative"] for _, gain, _ in won]
+            below = [100 * (gain["seconds"] - gain["low"]) / base for _, gain, base in won]
+            above = [100 * (gain["high"] - gain["seconds"]) / base for _, gain, base in won]
+            xs = [day for day, *_ in won]
+            gains.errorbar(
+                xs, middle, yerr=[below, above], fmt="o", ms=4, lw=1, capsize=3, color=f"C{i % 10}"
+            )
+    for axes, text in ((times, "time (s), sd"), (gains, "gain over its baseline\narm (%), interval")):
+        axes.set_ylabel(text)
+        axes.grid(alpha=0.3)
+        axes.margins(0.1)
+        axes.ticklabel_format(axis="y", useOffset=False)
+    times.set_title(title.replace("$", r"\$"), fontsize=10)
+    times.legend(fontsize=8)
+    gains.axhline(0, color="black", lw=1)
+    gains.tick_params(axis="x", rotation=30)
+
+
+def plot(track: Track, records: Sequence[Record]) -> bytes:
+    """The track's SVG: the same records give the same bytes under one version of matplotlib.
+
+    A comment at its end holds what is drawn, and the version, for a check under another one.
+    """
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows, image = history(records), io.BytesIO()
+    with matplotlib.rc_context(
+        {"svg.hashsalt": PLOT_FORMAT, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    ):
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        draw(figure, rows, f"{track.name}: {track.title}")
+        figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
+    data = json.dumps({"matplotlib": matplotlib.__version__, "rows": rows}, allow_nan=False)
+    comment = f"<!-- {PLOT_FORMAT} {data.replace('--', '-' + chr(92) + 'u002d')} -->\n"
+    return image.getvalue() + comment.encode()
+
+
+def plot_data(svg: bytes) -> tuple[str, list] | None:
+    """(matplotlib's version, rows) of a track's SVG; None if it holds none."""
+    found = PLOT_DATA.search(svg)
+    try:
+        data = json.loads(found[1]) if found else None
+        return str(data["matplotlib"]), list(data["rows"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
