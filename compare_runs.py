@@ -1558,13 +1558,13 @@ def subcommand(argv: list[str]) -> tuple[str, int] | None:
     """(text, exit code) of accept, verify, diff, replay and plan; None if the first word is none of them."""
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name == "accept":
-        from recordbook import book
+        from recordbook import accept
 
-        return book.accept_command(rest)
+        return accept.command(rest)
     if name == "verify":
         from recordbook import verify
 
-        return verify.verify_command(rest)
+        return verify.command(rest)
     if name in ("diff", "replay"):
         from recordbook import sources
 

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compare_runs import LOG_END, InputError, Run, is_log, parse_log, printable, read_log, some
-from recordbook.runs import LEDGER, LEDGER_FORMAT, MOST_RUNS, PLAN, PLAN_FORMAT, PLAN_HASH, pattern
+from recordbook.runs import LEDGER, LEDGER_FORMAT, MOST_RUNS, PLAN, PLAN_FORMAT, PLAN_HASH, pattern, source_of
 
 TOP = (PLAN, PLAN_HASH, LEDGER)
 LOGS, PACKED = "logs", ".zst"
@@ -253,10 +253,10 @@ class Account:
         return {arm["arm"]: arm for arm in self.plan["arms"]}
 
     @property
-    def date(self) -> str:
-        """The day of the last run, as the machine of the runs had it."""
+    def finished(self) -> str:
+        """When the last run ended; when it started, if nobody saw it end."""
         started = {e["attempt"]: e["started"] for e in self.starts}
-        return max(str(e.get("ended") or started[e["attempt"]]) for e in self.ends if e["role"] == "run")[:10]
+        return max((str(e.get("ended") or started[e["attempt"]]) for e in self.counted), key=moment)
 
     def folder(self, letter: str) -> str:
         """Where the logs of an arm are, below the series' folder."""
@@ -339,10 +339,17 @@ def plan_faults(account: Account) -> Iterator[str]:
     if account.stated_hash != account.plan_hash:
         yield f"{PLAN} is not what {PLAN_HASH} is the hash of: it was altered after it was made"
     if other := {e["plan"] for e in account.starts} - {account.plan_hash}:
-        yield f"{PLAN} is not the plan of the runs: some were started under {some(sorted(h[:12] for h in other))}"
-    made = moment(account.plan["made"])
-    times = [moment(e["started"]) for e in account.starts]
-    if made is None or None in times:
+        begun = printable(some(sorted(digest[:12] for digest in other)))
+        yield f"{PLAN} is not the plan of the runs: some were started under {begun}"
+    for arm in account.plan["arms"]:
+        if (
+            not all(isinstance(sha, str) for sha in arm["files"].values())
+            or source_of(arm["files"]) != arm["source"]
+        ):
+            yield f"{PLAN}: the source of arm {arm['arm']} is not the hash of its files"
+    made, times = moment(account.plan["made"]), [moment(e["started"]) for e in account.starts]
+    ended = [moment(str(e["ended"])) for e in account.ends if e.get("ended")]
+    if None in (made, *times, *ended):
         yield f"{PLAN} or {LEDGER}: a time is not written as 2026-01-31T23:59:59+0000"
     elif early := [e["log"] for e, time in zip(account.starts, times, strict=True) if time < made]:
         yield f"started before {PLAN} was made ({account.plan['made']}): {printable(some(early))}"
@@ -389,20 +396,19 @@ def run_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:
         if arm is None or PurePosixPath(end["log"]).parent.as_posix() != account.folder(end["arm"]):
             yield f"{log} is not in the folder of arm {printable(end['arm'])}"
             continue
+        logged = run.head.get("data", "").split(" ")[0] or None
         facts = {
             "source": (run.source, arm["source"]),
             "source in the ledger": (end["source"], arm["source"]),
             "seed": (run.head.get("seed"), end["seed"]),
             "recipe": (run.head.get("recipe"), plan["recipe"]),
-            "data": (
-                run.head.get("data", "").split(" ")[0] if data else None,
-                f"sha256={data}" if data else None,
-            ),
-            "start time": ("logged" if run.head.get("started") else "not logged", "logged"),
+            "data": (logged, f"sha256={data}" if data else logged),
+            "start time": ("logged" if run.head.get("started") else None, "logged"),
             "end": ("done" if run.complete else "failed", "done" if end["status"] == "done" else "failed"),
         }
         for key, (is_, wanted) in facts.items():
-            if is_ != wanted:
+            unsaid = is_ is None or (key == "source" and not run.head)  # by a run that failed early
+            if is_ != wanted and not (unsaid and end["status"] != "done"):
                 shown = f"{printable(str(is_))[:72]}, must be {printable(str(wanted))[:72]}"
                 yield f"{log}: {key} of arm {end['arm']}: {shown}"
         if odd := machine_fault(run, plan["machine"]):
@@ -431,7 +437,8 @@ def count_faults(account: Account) -> Iterator[str]:
         shown = some([f"seed {seed} of arm {letter}" for letter, seed in missing])
         yield f"the series is not finished, it lacks {shown}; the command that began it goes on"
     if over:
-        yield f"more runs than planned: {some([f'seed {seed} of arm {printable(arm)}' for arm, seed in over])}"
+        shown = some([f"seed {seed} of arm {printable(arm)}" for arm, seed in over])
+        yield f"more runs than planned: {shown}"
     if missing or over:
         return
     order = "".join(e["arm"] for e in counted)

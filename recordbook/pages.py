@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 
 from compare_runs import Row, printable, table
-
 from recordbook.book import BASELINE, MANIFEST, README, RESULT, Record
 from recordbook.tracks import Track
 
@@ -68,48 +67,47 @@ def beside_previous(content: dict) -> list[str]:
     before = content["previous"]
     if before is None:
         return ["It is the first record of the track."]
-    lines = [
-        f"The track's record was {before['record']}: {before['time_mean']:.4f} s, loss {before['loss_mean']:.4f}."
-    ]
+    size = f"{before['time_mean']:.4f} s, loss {before['loss_mean']:.4f}"
+    lines = [f"The newest record of the track was {before['record']}: {size}."]
     if before["comparable"]:
         lines.append(
-            f"The two times cannot be compared, they are from {before['comparable']}:"
-            " one source differs by about 1 % between nodes, as much as a typical record gains."
+            f"The two times cannot be compared, they are from {before['comparable']}: one source differs by about "
+            "1 % between machines of one kind, as much as a record usually gains."
         )
     else:
         gap = content["arms"][-1]["stats"]["time_mean"] - before["time_mean"]
+        lower = f"{abs(gap):.4f} s {'lower' if gap < 0 else 'higher'}"
         lines.append(
-            f"Both ran on the same machine and data; this time is {gap:+.4f} s beside it, at another hour."
+            f"Both are from the same machine and data, not from the same hour; this time is {lower}."
         )
     if content["claim"] != BASELINE:
-        said = (
-            "has the source of that record"
-            if before["is_baseline_arm"]
-            else "is another source than that record"
-        )
+        same = before["is_baseline_arm"]
+        said = "has the source of that record" if same else "is another source than that record's"
         lines.append(f"The baseline arm {said}.")
     return lines
 
 
+CLAIMED = {
+    "systems": "the maths is the same: faster, and the loss not worse by the margin",
+    "ml": "the maths is not the same: faster, and the target reached",
+    BASELINE: "the first record of the track: the target reached; no gain in time is claimed",
+}
+
+
 def result_lines(content: dict) -> list[str]:
     """The result in its first sentences."""
-    rules, stats = content["rules"], content["arms"][-1]["stats"]
+    rules, stats, found = content["rules"], content["arms"][-1]["stats"], content["verdict"]
+    size = f"(sd {stats['loss_sd']:.4f}; target {rules['target']:g}, p = {probability(stats['loss_p'])})"
     lines = [
-        f"**Result: {stats['time_mean']:.4f} s** (sd {stats['time_sd']:.4f}, n = {stats['runs']}) to {rules['metric']} "
-        f"{stats['loss_mean']:.4f} (sd {stats['loss_sd']:.4f}; target {rules['target']:g}, "
-        f"p = {probability(stats['loss_p'])}), {cell(content['machine']['hardware'])}."
+        f"**Result: {stats['time_mean']:.4f} s** (sd {stats['time_sd']:.4f}, n = {stats['runs']}) to "
+        f"{rules['metric']} {stats['loss_mean']:.4f} {size}, {cell(content['machine']['hardware'])}.",
+        f"Claim `{content['claim']}` ({CLAIMED[content['claim']]}): largest p of its tests "
+        f"{probability(found['p'])}, level {found['alpha']:g}.",
     ]
-    if content["claim"] == BASELINE:
-        why = "the target is reached, and no gain in time is claimed, only the time recorded"
-        return [*lines, f"Claim `{BASELINE}`, the first record of the track: {why}."]
-    way = {"systems": "the maths is the same, faster, and the loss not worse by the margin"}
-    why = way.get(content["claim"], "the maths is not the same: faster, and the target reached")
-    return [
-        *lines,
-        f"Claim `{content['claim']}` ({why}): {gain_text(content['gain'])}, faster than its own baseline arm, "
-        f"run in turn with it on the same machine; p = {probability(content['verdict']['p'])} "
-        f"at level {content['verdict']['alpha']:g}.",
-    ]
+    if content["gain"]:
+        place = "its own baseline arm, which ran in turn with it on the same machine"
+        lines.append(f"Faster than {place}, by {gain_text(content['gain'])}.")
+    return lines
 
 
 def run_rows(content: dict) -> list[list[str]]:
@@ -134,10 +132,11 @@ def facts(content: dict) -> list[str]:
     named = ", ".join(f"{key} {versions[key]}" for key in sorted(versions) if versions[key])
     sources = [f"{arm['name']} ({arm['role']}): source {arm['source']}" for arm in content["arms"]]
     told = [
-        f"plan of {plan['made']}, sha256 {plan['sha256']}: {plan['runs']} runs of each arm, rule {plan['rule']}{grown}",
+        f"plan of {plan['made']}, sha256 {plan['sha256']}",
+        f"{plan['runs']} runs of each arm, rule {plan['rule']}{grown}",
         *sources,
-        f"machine {machine['id']}, host {machine['host']}, driver {machine['driver']}",
-        f"data {machine['data']}",
+        f"machine {machine['id']}, host {machine['host'] or 'not logged'}",
+        f"driver {machine['driver'] or 'not logged'}, data {machine['data'] or 'not logged'}",
         named,
     ]
     return [f"- {cell(line)}" for line in told]
@@ -162,7 +161,7 @@ def record_page(content: dict) -> str:
         *(["Findings:", "\n".join(f"- {cell(line)}" for line in findings)] if findings else []),
         "## Runs",
         grid(heads, run_rows(content), range(1, 7)),
-        "Every attempt of the ledger is there. `seed` and `end` are the ledger's; only whole runs are averaged.",
+        "All attempts of the ledger that left a log. `end` is the ledger's word; only whole runs are averaged.",
         "## Evidence",
         "\n".join(facts(content)),
         f"What ran: {files}, equal to the source in every log of {cell(arms[-1]['name'])}. "
@@ -228,15 +227,15 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
     heads = ["date", "record", "claim", "Time \u03bc", "Time \u03c3", "Runs", f"{track.metric} \u03bc"]
     heads += [f"{track.metric} \u03c3", "p", "gain over its own baseline arm", "machine"]
     rules = (
-        f"{track.metric} of {goal} {track.target:g}, level {track.alpha:g}, at least {track.min_runs} runs of each arm, "
-        f"margin {track.margin:g}, time test {track.time_test}; all rules: [track.toml](track.toml)."
+        f"{track.metric} of {goal} {track.target:g}, level {track.alpha:g}, at least {track.min_runs} runs of "
+        f"each arm, margin {track.margin:g}, time test {track.time_test}; all rules: [track.toml](track.toml)."
     )
     parts = [
         f"# Track {track.name}: {cell(track.title)}",
         rules,
         grid(heads, rows, range(3, 9)),
-        "Times in seconds. p: one-sample t-test against the target. Compare times of one machine (M1, M2, ...) alone; "
-        "across machines the gain over the arm that ran in turn with the record is what stands.",
+        "Times in seconds. p: one-sample t-test against the target. Compare the times of one machine (M1, M2, ...) "
+        "alone; across machines the gain over the arm that ran in turn with the record is what stands.",
         f"![Records of track {track.name} over time]({PLOT})",
         "Made by `python compare_runs.py accept`; `verify` checks it.",
     ]

@@ -27,24 +27,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compare_runs import InputError, Parser, printable, replace_file, some
+from compare_runs import InputError, Parser, printable, replace_file
 from recordbook import evidence, pages, verdict
 from recordbook.book import (
     BASELINE,
+    MADE,
     MANIFEST,
-    OWN_FILES,
     README,
     RESULT,
-    Judged,
     Record,
-    contents,
-    generated,
-    judge,
-    previous_of,
+    in_order,
     read_record,
     record_folders,
     records_of,
 )
+from recordbook.result import OWN_FILES, Judged, contents, generated, judge, previous_of
 from recordbook.tracks import FILE, RECORDS, Track, load_track, track_names
 
 TOLERANCE = 1e-9  # relative, of numbers that another machine or version computes
@@ -220,22 +217,13 @@ def compare(
             check.evidence.append(f"stands beside {printable(stated['record'])}, which is not in the track")
     source = made["arms"][0]["source"] if len(made["arms"]) > 1 else None
     made["previous"] = previous_of(before, made["machine"], source)
-    stored = {
-        name: evidence.read_bytes(path)
-        for name, path in files.items()
-        if name not in (RESULT, README, MANIFEST)
-    }
+    stored = {name: evidence.read_bytes(path) for name, path in files.items() if name not in MADE}
     check.made = generated(made, stored)
     check.generated += result_faults(record.content, made)
     if README not in files:
         check.generated.append(f"{README} is missing; {REWRITE}")
     else:
         check.generated += page_faults(evidence.read_bytes(files[README]), check.made[README], README)
-
-
-def record_faults(folder: Path, track: Track, records: Sequence[Record]) -> list[str]:
-    """Everything that is wrong with a record; empty if it is what its logs say."""
-    return examine(folder, track, records).faults
 
 
 # 2. one track -----------------------------------------------------------------------------------------------
@@ -300,7 +288,7 @@ def readable(folders: Sequence[Path]) -> list[Record]:
             found.append(read_record(folder))
         except InputError:
             continue
-    return found
+    return in_order(found)
 
 
 def told(name: str, faults: Sequence[str], well: str = "ok") -> list[str]:
@@ -358,11 +346,11 @@ def places(args: Sequence[str], records: Path) -> Iterator[tuple[Path, Path | No
             raise InputError(f"{printable(arg)}: no record and no track; name a folder of records/<track>/")
 
 
-def verify_command(argv: Sequence[str]) -> tuple[str, int]:
+def command(argv: Sequence[str]) -> tuple[str, int]:
     """`verify [RECORD ...]`: (lines to print, exit code)."""
     parser = Parser(
         prog="compare_runs.py verify",
-        description="Recompute records from their logs: hashes, sources, plan, ledger, verdict, numbers, pages.",
+        description="Recompute records from their logs: hashes, sources, plan, verdict, numbers, pages.",
         epilog="Exit codes: 0 all well, 1 something is wrong, 2 bad input.",
     )
     parser.add_argument(
