@@ -71,8 +71,8 @@ def beside_previous(content: dict) -> list[str]:
     lines = [f"The newest record of the track was {before['record']}: {size}."]
     if before["comparable"]:
         lines.append(
-            f"The two times cannot be compared, they are from {before['comparable']}: one source differs by about "
-            "1 % between machines of one kind, as much as a record usually gains."
+            f"The two times cannot be compared, they are from {before['comparable']}: one source differs by "
+            "about 1 % between machines of one kind, as much as a record usually gains."
         )
     else:
         gap = content["arms"][-1]["stats"]["time_mean"] - before["time_mean"]
@@ -112,17 +112,13 @@ def result_lines(content: dict) -> list[str]:
 
 def run_rows(content: dict) -> list[list[str]]:
     """Every attempt of every arm."""
-    rows = []
-    for arm in content["arms"]:
-        for run in arm["runs"]:
-            seconds, metric = (
-                "-" if run[key] is None else f"{run[key]:.4f}" for key in ("seconds", "metric")
-            )
-            peak, ended = "-" if run["peak_mib"] is None else str(run["peak_mib"]), run["ended"]
-            rows.append(
-                [f"`{run['log']}`", str(run["seed"]), ended, str(run["steps"]), seconds, metric, peak]
-            )
-    return [[part if part.startswith("`") else cell(part) for part in row] for row in rows]
+
+    def row(run: dict) -> list[str]:
+        seconds, metric = ("-" if run[key] is None else f"{run[key]:.4f}" for key in ("seconds", "metric"))
+        found = [run["log"], run["seed"], run["ended"], run["steps"], seconds, metric, run["peak_mib"]]
+        return ["-" if value is None else cell(value) for value in found]
+
+    return [row(run) for arm in content["arms"] for run in arm["runs"]]
 
 
 def facts(content: dict) -> list[str]:
@@ -147,7 +143,7 @@ def record_page(content: dict) -> str:
     arms, track = content["arms"], content["track"]
     rows = [Row(**arm["stats"]) for arm in arms]
     names = [cell(arm["name"]) for arm in arms]
-    files = ", ".join(f"`{name}`" for name in sorted(arms[-1]["files"]))
+    files = ", ".join(cell(name) for name in sorted(arms[-1]["files"]))
     verdict = content["verdict"]
     findings = [f"{found['level']}: {found['text']}" for found in verdict["findings"]]
     heads = ["log", "seed", "end", "steps", "time (s)", content["rules"]["metric"], "peak MiB"]
@@ -161,7 +157,7 @@ def record_page(content: dict) -> str:
         *(["Findings:", "\n".join(f"- {cell(line)}" for line in findings)] if findings else []),
         "## Runs",
         grid(heads, run_rows(content), range(1, 7)),
-        "All attempts of the ledger that left a log. `end` is the ledger's word; only whole runs are averaged.",
+        "Every attempt that left a log. `end` is what the ledger says; only whole runs are averaged.",
         "## Evidence",
         "\n".join(facts(content)),
         f"What ran: {files}, equal to the source in every log of {cell(arms[-1]['name'])}. "
@@ -227,15 +223,16 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
     heads = ["date", "record", "claim", "Time \u03bc", "Time \u03c3", "Runs", f"{track.metric} \u03bc"]
     heads += [f"{track.metric} \u03c3", "p", "gain over its own baseline arm", "machine"]
     rules = (
-        f"{track.metric} of {goal} {track.target:g}, level {track.alpha:g}, at least {track.min_runs} runs of "
-        f"each arm, margin {track.margin:g}, time test {track.time_test}; all rules: [track.toml](track.toml)."
+        f"{track.metric} of {goal} {track.target:g}, level {track.alpha:g}, at least {track.min_runs} runs "
+        f"of each arm, margin {track.margin:g}, time test {track.time_test}; "
+        "all rules: [track.toml](track.toml)."
     )
     parts = [
         f"# Track {track.name}: {cell(track.title)}",
         rules,
         grid(heads, rows, range(3, 9)),
-        "Times in seconds. p: one-sample t-test against the target. Compare the times of one machine (M1, M2, ...) "
-        "alone; across machines the gain over the arm that ran in turn with the record is what stands.",
+        "Times in seconds. p: one-sample t-test against the target. Compare the times of one machine (M1, M2, "
+        "...) alone; across machines the gain over the arm that ran in turn with the record is what stands.",
         f"![Records of track {track.name} over time]({PLOT})",
         "Made by `python compare_runs.py accept`; `verify` checks it.",
     ]

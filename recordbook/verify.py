@@ -65,27 +65,35 @@ class Check:
         return [*self.evidence, *self.generated]
 
 
-def manifest_faults(files: dict[str, Path]) -> Iterator[str]:
-    """Files without the hash that the manifest states, missing ones, and those that it does not name."""
-    if MANIFEST not in files:
-        yield f"{MANIFEST} is missing"
-        return
-    stated = {}
-    for number, line in enumerate(
-        evidence.read_bytes(files[MANIFEST]).decode("utf-8", "replace").splitlines(), 1
-    ):
+def stated_hashes(text: str, check: Check) -> dict[str, str]:
+    """{file: hash} of a manifest."""
+    stated: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
         match = MANIFEST_LINE.fullmatch(line)
-        if not match or match[2] in stated:
-            yield f"{MANIFEST}, line {number}: {printable(line)[:80]!r} is no hash and name, or a second one"
-        else:
+        if match and match[2] not in stated:
             stated[match[2]] = match[1]
-    for name in sorted(stated.keys() | files.keys() - {MANIFEST}):  # a stated name alone is never opened
+        else:
+            shown = printable(line)[:80]
+            check.evidence.append(
+                f"{MANIFEST}, line {number}: {shown!r} is no hash and name, or a second one"
+            )
+    return stated
+
+
+def check_manifest(files: dict[str, Path], check: Check) -> None:
+    """Files without the stated hash, missing ones, those that the manifest does not name."""
+    if MANIFEST not in files:
+        check.evidence.append(f"{MANIFEST} is missing")
+        return
+    stated = stated_hashes(evidence.read_bytes(files[MANIFEST]).decode("utf-8", "replace"), check)
+    for name in sorted(stated.keys() | files.keys() - {MANIFEST}):  # a stated name is not opened for that
+        faults = check.generated if name in (RESULT, README) else check.evidence
         if name not in files:
-            yield f"{printable(name)[:200]} is missing, {MANIFEST} names it"
+            faults.append(f"{printable(name)[:200]} is missing, {MANIFEST} names it")
         elif name not in stated:
-            yield f"{name} is not in {MANIFEST}"
+            faults.append(f"{name} is not in {MANIFEST}")
         elif hashlib.sha256(evidence.read_bytes(files[name])).hexdigest() != stated[name]:
-            yield f"{name} does not have the hash that {MANIFEST} states"
+            faults.append(f"{name} does not have the hash that {MANIFEST} states")
 
 
 def source_faults(judged: Judged, files: dict[str, Path]) -> Iterator[str]:
@@ -169,7 +177,7 @@ def examine(folder: Path, track: Track, records: Sequence[Record]) -> Check:
         if folder.is_symlink():
             raise InputError("is a link; a record is a folder")
         files = evidence.listed(folder)
-        check.evidence += manifest_faults(files)
+        check_manifest(files, check)
         record = read_record(folder)
         held = evidence.of_record(files)
         with tempfile.TemporaryDirectory() as place:
@@ -199,9 +207,7 @@ def compare(
     """Judge the series again, and compare what comes of it with what is stored."""
     judged = judge(held, place, track, record.claim)
     if record.track != track.name:
-        check.evidence.append(
-            f"is a record of track {printable(record.track)}, in the folder of {track.name}"
-        )
+        check.evidence.append(f"is a record of track {printable(record.track)}, not of {track.name}")
     check.evidence += [*source_faults(judged, files), *excess(judged, held, files)]
     if judged.verdict.outcome != verdict.ACCEPT:
         why = [printable(reason.text) for reason in judged.verdict.reasons if reason.state != verdict.PASS]
