@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from datetime import UTC
 
 from compare_runs import Row, printable, table
 from recordbook.book import BASELINE, MANIFEST, README, RESULT, Record
@@ -184,7 +185,7 @@ def history(records: Sequence[Record]) -> list[dict]:
         rows.append(
             {
                 "record": record.id,
-                "date": record.date,
+                "finished": record.finished.astimezone(UTC).isoformat(),
                 "claim": record.claim,
                 "n": stats["runs"],
                 "time_mean": stats["time_mean"],
@@ -206,7 +207,7 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
     goal = "at most" if track.direction == "lower" else "at least"
     rows = [
         [
-            row["date"],
+            row["record"].partition("_")[0],
             f"[{row['record'].partition('_')[2]}]({row['record']}/{README})",
             row["claim"],
             f"{row['time_mean']:.4f}",
@@ -231,7 +232,7 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
         f"# Track {track.name}: {cell(track.title)}",
         rules,
         grid(heads, rows, range(3, 9)),
-        "Times in seconds. p: one-sample t-test against the target. Compare the times of one machine (M1, M2, "
+        "Times in seconds. p: one-sample t-test against the target. Compare times of one machine (M1, M2, "
         "...) alone; across machines the gain over the arm that ran in turn with the record is what stands.",
         f"![Records of track {track.name} over time]({PLOT})",
         "Made by `python compare_runs.py accept`; `verify` checks it.",
@@ -243,38 +244,40 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
 
 
 def draw(figure, rows: Sequence[dict], title: str) -> None:
-    """Times by machine above, gains over the own baseline arm below, by date."""
-    from datetime import date
+    """Times by machine above, gains over the own baseline arm below, by the end of the last run."""
+    from datetime import datetime, timedelta
+
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
     times, gains = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for i, machine in enumerate(dict.fromkeys(row["machine"] for row in rows)):
-        own = [row for row in rows if row["machine"] == machine]
-        days = [date.fromisoformat(row["date"]) for row in own]
+        own, bars = [row for row in rows if row["machine"] == machine], {"capsize": 3, "ms": 4, "lw": 1}
         means, sds = ([row[key] for row in own] for key in ("time_mean", "time_sd"))
-        label = f"{machine}: {own[0]['hardware']}".replace("$", r"\$")
-        times.errorbar(
-            days, means, yerr=sds, fmt="o-", ms=4, lw=1, capsize=3, color=f"C{i % 10}", label=label
-        )
-        won = [
-            (day, row["gain"], row["base_mean"]) for day, row in zip(days, own, strict=True) if row["gain"]
-        ]
-        if won:
-            middle = [100 * gain["relative"] for _, gain, _ in won]
-            below = [100 * (gain["seconds"] - gain["low"]) / base for _, gain, base in won]
-            above = [100 * (gain["high"] - gain["seconds"]) / base for _, gain, base in won]
-            xs = [day for day, *_ in won]
-            gains.errorbar(
-                xs, middle, yerr=[below, above], fmt="o", ms=4, lw=1, capsize=3, color=f"C{i % 10}"
-            )
+        label, colour = f"{machine}: {own[0]['hardware']}".replace("$", r"\$"), f"C{i % 10}"
+        ends = [datetime.fromisoformat(row["finished"]) for row in own]
+        times.errorbar(ends, means, yerr=sds, fmt="o-", color=colour, label=label, **bars)
+        for end, row in zip(ends, own, strict=True):
+            name = row["record"].partition("_")[2]
+            times.annotate(name, (end, row["time_mean"]), (6, 3), textcoords="offset points", fontsize=7)
+            if gain := row["gain"]:
+                scale = 100 / row["base_mean"]
+                below, above = gain["seconds"] - gain["low"], gain["high"] - gain["seconds"]
+                error = [[scale * below], [scale * above]]
+                gains.errorbar([end], [100 * gain["relative"]], yerr=error, fmt="o", color=colour, **bars)
+    every = [datetime.fromisoformat(row["finished"]) for row in rows]
+    margin = max(timedelta(days=1), 0.08 * (max(every) - min(every)))
+    times.set_xlim(min(every) - margin, max(every) + margin)
     for axes, text in ((times, "time (s), sd"), (gains, "gain over its baseline\narm (%), interval")):
         axes.set_ylabel(text)
         axes.grid(alpha=0.3)
-        axes.margins(0.1)
         axes.ticklabel_format(axis="y", useOffset=False)
+    times.margins(y=0.15)
     times.set_title(title.replace("$", r"\$"), fontsize=10)
     times.legend(fontsize=8)
     gains.axhline(0, color="black", lw=1)
-    gains.tick_params(axis="x", rotation=30)
+    locator = AutoDateLocator()
+    gains.xaxis.set_major_locator(locator)
+    gains.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
 def plot(track: Track, records: Sequence[Record]) -> bytes:
