@@ -30,6 +30,7 @@ FORMAT = "splits.record/1"
 RESULT, README, MANIFEST = "result.json", "README.md", "MANIFEST.sha256"
 MADE = (RESULT, README, MANIFEST)  # from the rest of a record's files
 BASELINE = "baseline"  # claim of a first record: the target is reached, and no gain in time is claimed
+LARGEST = 1e12  # of a measured mean
 FOLDER = re.compile(r"(\d{4}-\d{2}-\d{2})_([a-z0-9]+(?:-[a-z0-9]+)*)")  # of a record: date and name
 
 # 1. format ------------------------------------------------------------------------------------------------
@@ -126,6 +127,12 @@ def unlike(content: Any) -> str:
         return f"claim {printable(content['claim'])!r} is not of arms in the roles {printable(some(roles))}"
     if content["claim"] not in (BASELINE, *CLAIMS):
         return f"claim {printable(content['claim'])!r} is unknown"
+    for arm in content["arms"]:
+        size = max(abs(arm["stats"][key] or 0) for key in STATS)
+        if size > LARGEST or min(arm["stats"]["time_sd"], arm["stats"]["loss_sd"]) < 0:
+            return f"stats of {printable(arm['name'])} is no result of measurements"
+    if (gain := content["gain"]) and not -LARGEST < gain["low"] <= gain["seconds"] <= gain["high"] < LARGEST:
+        return "gain is no result of measurements, its interval does not hold it"
     for curve in content["curves"]:
         for point in curve["points"]:
             if len(point) != 3 or evidence.misfit(point, [MAYBE_NUMBER]):

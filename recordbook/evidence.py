@@ -326,12 +326,12 @@ def faults(account: Account, files: dict[str, bytes]) -> list[str]:
 
 
 def moment(text: str) -> datetime | None:
-    """A time with its zone; None for anything else."""
+    """A time of this age with its zone; None for anything else."""
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
         return None
-    return found if found.tzinfo else None
+    return found if found.tzinfo and 2000 < found.year < 2200 else None
 
 
 def plan_faults(account: Account) -> Iterator[str]:
@@ -378,6 +378,9 @@ def log_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:
                 yield f"{log} is missing: the ledger has it as {printable(end['status'])}"
         elif stated != hashlib.sha256(files[end["log"]]).hexdigest():
             yield f"{log} was altered: it does not have the hash that {LEDGER} states"
+        twin = stem_of(end["log"]) + TWINS[0]
+        if twin in files and parse_json(files[twin], printable(twin)) != end.get("gpu"):
+            yield f"{printable(twin)} is not the state of the GPUs that {LEDGER} has"
     known = {end["log"] for end in account.ends}
     if strangers := [name for name in files if is_log(name) and name not in known]:
         yield f"not in {LEDGER}: {printable(some(strangers))}"

@@ -291,9 +291,9 @@ def plot(track: Track, records: Sequence[Record]) -> bytes:
     from matplotlib.figure import Figure
 
     rows, image = history(records), io.BytesIO()
-    with matplotlib.rc_context(
-        {"svg.hashsalt": PLOT_FORMAT, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    ):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the settings of whoever runs it do not show
+        matplotlib.rcParams |= {"svg.hashsalt": PLOT_FORMAT, "svg.fonttype": "none"}
         figure = Figure(figsize=(8, 6), layout="constrained")
         draw(figure, rows, f"{track.name}: {track.title}")
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})

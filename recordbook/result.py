@@ -23,6 +23,7 @@ from recordbook.tracks import Track
 from recordbook.verdict import Case, Reason, Verdict
 
 OWN_FILES = (*MADE, *evidence.TOP, evidence.LOGS)  # names that no source of a record may have
+MOST_FAULTS = 4  # of an account, in one line
 # What of a track decides. Rules of a track that has records do not change: other rules are another track.
 RULES = ("metric", "direction", "target", "alpha", "margin", "min_runs", "recipe", "gpus", "hardware")
 RULES += ("time_test", "data", "seconds_per_loss", "seconds_per_loss_sd")
@@ -61,7 +62,8 @@ def judge(files: dict[str, bytes], folder: Path, track: Track, claim: str) -> Ju
     """The verdict on the series in `folder`, which holds these files. InputError: what bars any record."""
     account = evidence.account_of(files)
     if found := evidence.faults(account, files):
-        raise InputError(f"no record: {'; '.join(found)}")
+        more = [f"and {len(found) - MOST_FAULTS} more"] * (len(found) > MOST_FAULTS)
+        raise InputError(f"no record: {'; '.join([*found[:MOST_FAULTS], *more])}")
     if (claim == BASELINE) != (account.plan["kind"] == "series"):
         two = " or ".join(track.claims)
         rule = f"a series of one trainer is claimed as {BASELINE}, one of two arms as {two}"

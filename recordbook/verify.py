@@ -326,12 +326,16 @@ def verify_track(folder: Path, only: Path | None, write: bool) -> tuple[list[str
         lines, well = [*lines, *found], well and good
     if only is not None:
         return lines, well
-    if write and well and folders:
+    if not well:
+        return [
+            *lines,
+            f"{track.name}: table and plot not checked, they are made of the records above",
+        ], False
+    if write:
         lines += [f"{track.name}: written anew: {path.name}" for path in write_track(track, folder.parent)]
-    records = readable(folders)
-    if faults := track_faults(folder, track, records):
+    if faults := track_faults(folder, track, readable(folders)):
         return [*lines, *told(track.name, faults)], False
-    return lines + told(track.name, [], "table and plot ok") * bool(folders), well
+    return lines + told(track.name, [], "table and plot ok") * bool(folders), True
 
 
 def places(args: Sequence[str], records: Path) -> Iterator[tuple[Path, Path | None]]:

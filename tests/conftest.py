@@ -123,85 +123,81 @@ def restored(monkeypatch, nano):
 
 # A series as run.sh leaves it, for the record book ----------------------------------------------------------
 
-TIMES = {"A": (2.1, 2.12, 2.09, 2.11, 2.1, 2.13), "B": (2.0, 2.01, 1.99, 2.01, 2.0, 2.02)}  # seconds by seed
-LOSSES = (4.101, 4.103, 4.099, 4.102, 4.1, 4.104)
+DAY = "2026-03-01"
+TIMES = {"A": (2.1, 2.12, 2.09, 2.11, 2.1, 2.13, 2.11, 2.08), "B": (2.0, 2.01, 1.99, 2.01, 2, 2.02, 1.98, 2)}
+LOSSES = (4.101, 4.103, 4.099, 4.102, 4.1, 4.104, 4.098, 4.1015)
 SOURCES = {"A": "print('a')\nlr = 1\n", "B": "print('b')\nlr = 1\n"}
+
+
+def series_plan(folder: Path, kind: str, n: int, most: int | None, started: str, host: str) -> dict:
+    """A plan of n runs, or of at most `most`, ended early."""
+    from recordbook import runs
+
+    rule = "open" if kind == "series" else "until-decided" if most else "fixed"
+    plan = {"format": runs.PLAN_FORMAT, "kind": kind, "made": f"{started}T09:00:00+0000", "arms": []}
+    for letter in "A" if kind == "series" else "AB":
+        files = {"train_gpt.py": hashlib.sha256(SOURCES[letter].encode()).hexdigest()}
+        source = runs.source_of(files)
+        name = folder.name if kind == "series" else f"{letter}-train_gpt-{source[:8]}"
+        plan["arms"].append({"arm": letter, "name": name, "source": source, "files": files})
+    plan |= {"runs": n, "order": runs.pattern(kind, most or n), "alpha": 0.01, "warm_up": False}
+    plan |= {"test": runs.TESTS[rule], "stop": {"rule": rule, "least": min(n, 4), "most": most or n}}
+    plan |= {"recipe": "tiny", "data": "data/default", "data_manifest": "d" * 64, "gpus": 0}
+    return plan | {"machine": [host]}
+
+
+def series_run(folder: Path, which: dict, seconds: float | None, loss: float, clock: str, meta: dict) -> dict:
+    """Write the log of one attempt; returns the `end` event."""
+    from tests.test_compare_runs import our_log
+
+    facts = {"gpu_0": None, "cpu": "Test CPU", "driver": None, "target": "4.15"}
+    facts |= {"started": f"{clock}:00+0000"} | {"run_id": f"{folder.name}-{which['log']}"} | meta
+    status, stop = ("done", None) if seconds else ("diverged at step 12: nan", 12)
+    text = our_log(
+        loss, round(1000 * (seconds or 2)), which["seed"], status, SOURCES[which["arm"]], stop=stop, **facts
+    )
+    log = folder / which["log"]
+    log.parent.mkdir(exist_ok=True)
+    log.write_text(text)
+    log.with_suffix(".json").write_text("{}\n")
+    end = {"status": status.split(" ")[0], "reason": "", "exit_code": 0, "counted": True, "gpu": None}
+    end |= {"log_sha256": hashlib.sha256(text.encode()).hexdigest(), "ended": f"{clock}:30+0000"}
+    return which | end
 
 
 def write_series(
     folder: Path,
     kind: str = "ab",
-    n: int = 4,
-    times: dict = TIMES,  # {arm: seconds by seed}; None: that run diverges
+    n: int = 6,
+    times: dict | None = None,  # {arm: seconds by seed}; None for a run that diverges
     losses: dict | None = None,  # {arm: by seed}
-    rule: str = "fixed",
-    extend: int = 0,
-    started: str = "2026-03-01",
+    most: int | None = None,  # runs of each arm that the plan allows; after n it is decided
+    extend: int = 0,  # runs that a series of one trainer got later
+    started: str = DAY,
+    host: str = "node1",
     **meta: str,  # header lines of every log
 ) -> Path:
-    """A finished series of track `tiny`, written by the runner's own plan and ledger but without running."""
+    """A finished series of track `tiny`, by the runner's own plan and ledger, but without a trainer."""
     from recordbook import runs
-    from tests.test_compare_runs import our_log
 
     folder.mkdir(parents=True)
-    letters = "A" if kind == "series" else "AB"
-    arms = []
-    for letter in letters:
-        files = {"train_gpt.py": hashlib.sha256(SOURCES[letter].encode()).hexdigest()}
-        name = folder.name if kind == "series" else f"{letter}-train_gpt-{runs.source_of(files)[:8]}"
-        arms.append({"arm": letter, "name": name, "trainer": f"{letter}.py", "source": runs.source_of(files)})
-        arms[-1]["files"] = files
-        (folder if kind == "series" else folder / name).mkdir(exist_ok=True)
-    plan = {"format": runs.PLAN_FORMAT, "kind": kind, "made": f"{started}T09:00:00+0000", "arms": arms}
-    plan |= {"runs": n, "order": runs.pattern(kind, n), "seeds": list(range(1, n + 1)), "alpha": 0.01}
-    plan |= {"test": runs.TESTS[rule], "stop": {"rule": rule, "least": n, "most": n}, "warm_up": False}
-    plan |= {
-        "recipe": "tiny",
-        "data": "data/default",
-        "data_manifest": "d" * 64,
-        "gpus": 0,
-        "machine": ["node1"],
-    }
+    plan, times = series_plan(folder, kind, n, most, started, host), TIMES | (times or {})
+    meta["host"] = host
     runs.write_plan(folder, plan)
-    ledger, bound = runs.Ledger(folder), {"format": runs.LEDGER_FORMAT}
-    bound["plan"] = runs.digest_of((folder / runs.PLAN).read_bytes())
+    ledger, arms = runs.Ledger(folder), {arm["arm"]: arm for arm in plan["arms"]}
+    bound = {"format": runs.LEDGER_FORMAT, "plan": runs.digest_of((folder / runs.PLAN).read_bytes())}
+    if extend:
+        ledger.append("extend", runs=n + extend, time=f"{started}T09:30:00+0000")
     for position, letter in enumerate(runs.pattern(kind, n + extend), 1):
-        if position == n + 1 and kind == "series":
-            ledger.append("extend", runs=n + extend, time=f"{started}T12:00:00+0000")
-        seed = (position + len(letters) - 1) // len(letters)
-        arm, clock = next(a for a in arms if a["arm"] == letter), f"{started}T10:{position:02d}"
-        seconds, loss = times[letter][seed - 1], (losses or {}).get(letter, LOSSES)[seed - 1]
-        status = "diverged at step 12: nan" if seconds is None else "done"
-        facts = {"gpu_0": None, "cpu": "Test CPU", "driver": None, "target": "4.15"}
-        facts |= {"started": f"{clock}:00+0000", "run_id": f"{folder.name}-{letter}{seed}"} | meta
-        text = our_log(
-            loss,
-            round(1000 * (seconds or 2)),
-            seed,
-            status,
-            SOURCES[letter],
-            **facts,
-            stop=None if seconds else 12,
-        )
-        log = folder / ("" if kind == "series" else arm["name"]) / f"run-{seed:03d}.txt"
-        log.write_text(text)
-        log.with_suffix(".json").write_text("{}\n")
-        which = {
-            "attempt": ledger.next_attempt(),
-            "role": "run",
-            "arm": letter,
-            "seed": seed,
-            "position": position,
-        }
-        which |= {"log": log.relative_to(folder).as_posix(), "source": arm["source"]}
+        seed, clock = -(-position // len(arms)), f"{started}T10:{position:02d}"
+        place = "" if kind == "series" else f"{arms[letter]['name']}/"
+        which = {"attempt": position, "role": "run", "arm": letter, "seed": seed, "position": position}
+        which |= {"log": f"{place}run-{seed:03d}.txt", "source": arms[letter]["source"]}
         ledger.append("start", **which, started=f"{clock}:00+0000", **bound)
-        end = {"status": status.split(" ")[0], "reason": "", "exit_code": 0, "counted": True}
-        end |= {
-            "log_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "wall_s": 3.0,
-            "ended": f"{clock}:30+0000",
-        }
-        ledger.append("end", **which, **end, gpu=None)
+        loss = (losses or {}).get(letter, LOSSES)[seed - 1]
+        ledger.append("end", **series_run(folder, which, times[letter][seed - 1], loss, clock, meta))
+    if most:
+        ledger.append("decision", after=n, decided="faster", time=f"{started}T12:00:00+0000")
     ledger.file.close()
     return folder
 
