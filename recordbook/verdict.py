@@ -23,7 +23,16 @@ from typing import Any
 
 from compare_runs import Arm, InputError, Refusal, Run, check_duplicates, refusals, values
 from recordbook import drift, planning, statistics
-from recordbook.integrity import UNDECIDED, Finding, all_series, failed_runs, find, lost_failures, run_order
+from recordbook.integrity import (
+    UNDECIDED,
+    Finding,
+    all_series,
+    endings,
+    failed_runs,
+    find,
+    lost_failures,
+    run_order,
+)
 from recordbook.tracks import Track
 
 ACCEPT, REJECT, INCONCLUSIVE = "ACCEPT", "REJECT", "INCONCLUSIVE"
@@ -121,10 +130,15 @@ def oriented(arm: Arm, track: Track) -> list[float]:
 
 
 def paired_runs(base: Arm, candidate: Arm) -> list[tuple[Run, Run]]:
-    """(new, base) of runs that ran one after the other; ValueError says why there are no pairs."""
+    """(new, base) of runs that ran one after the other; ValueError says why there are no pairs.
+
+    A failed run has its place in a pair; an interrupted one was made again, so it has none.
+    """
     runs, _ = run_order([base, candidate], all_attempts=True)
     if not runs:
         raise ValueError("the order of the runs is unknown")
+    ended = endings([base, candidate], [run for _, run in runs if not run.complete])
+    runs = [(arm, run) for arm, run in runs if ended.get(run.path) != "interrupted"]
     kept = []
     for i in range(0, len(runs), 2):
         two = {arm is candidate: run for arm, run in runs[i : i + 2]}

@@ -243,12 +243,6 @@ def test_packed_logs_of_a_series_are_taken(empty, series, finished):
     }
 
 
-RUNNER = """import sys
-from recordbook import runs
-sys.exit(runs.main(sys.argv[1:]))
-"""
-
-
 def test_a_series_of_the_real_runner(empty, tmp_path, capsys):
     """Plan and ledger as run.sh writes them, with an interrupted attempt and a stand-in for the trainer."""
     from tests.test_runs import TRAINER
@@ -257,10 +251,13 @@ def test_a_series_of_the_real_runner(empty, tmp_path, capsys):
     (project / "data").mkdir(parents=True)
     shutil.copy(ROOT / "compare_runs.py", project)
     shutil.copytree(ROOT / "recordbook", project / "recordbook", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("triton_kernels.py", "data/prepare.py"):
-        (project / name).write_text("")
+    (project / "data/prepare.py").write_text("")
+    (project / "triton_kernels.py").write_text("x = 1\n")
     (project / "torch.py").write_text("class cuda:\n    device_count = staticmethod(lambda: 0)\n")
+    digest = hashlib.sha256((project / "triton_kernels.py").read_bytes()).hexdigest()
+    kernels = f"#### source triton_kernels.py sha256={digest} lines=1"
     trainer = TRAINER.replace('"host: h"', f'"host: {socket.gethostname()}"')
+    trainer = trainer.replace("*lines, ", f'*lines, "{kernels}", "x = 1", ')
     (project / "a.py").write_text(trainer)
     (project / "b.py").write_text(trainer + "# faster\n")
     (project / "a.json").write_text(json.dumps({"times": [2.1, 2.12, 2.09, 2.11, 2.1]}))
@@ -269,10 +266,11 @@ def test_a_series_of_the_real_runner(empty, tmp_path, capsys):
     codes = [subprocess.run(command, cwd=project, capture_output=True).returncode for _ in range(2)]
     assert codes == [130, 0]
     (made,) = (project / "logs").iterdir()
-    assert accept(empty, made, "real") == 0, capsys.readouterr().out
+    assert accept(empty, made, "real", "ml") == 0, capsys.readouterr().out
     record = book.records_of("tiny", empty)[0]
     assert [run["ended"] for run in record.own.runs].count("interrupted") == 1
     assert (record.folder / "b.py").read_text() == trainer + "# faster\n"
+    assert (record.folder / "triton_kernels.py").read_text() == "x = 1\n"
     assert verify(empty) == 0
 
 
