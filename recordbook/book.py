@@ -98,7 +98,7 @@ SHAPE = {
     "rules": {"metric": str, "direction": str, "target": NUMBER, "alpha": NUMBER, "min_runs": int},
     "plan": {"sha256": str, "kind": str, "made": str, "rule": str, "runs": int, "extended": bool},
     "machine": MACHINE,
-    "versions": {"python": MAYBE_TEXT, "torch": MAYBE_TEXT, "cuda": MAYBE_TEXT, "triton": MAYBE_TEXT},
+    "versions": dict.fromkeys(("python", "torch", "cuda", "triton", "commit"), MAYBE_TEXT),  # by the logs
     "verdict": {"outcome": str, "p": NUMBER, "alpha": NUMBER, "reasons": [REASON], "findings": [FINDING]},
     "arms": [ARM],  # the baseline, then the candidate; the candidate alone if the claim is `baseline`
     "tests": dict,  # every statistic of recordbook/verdict.py by name; a sentence where one does not exist

@@ -113,6 +113,12 @@ def listed(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def check_size(files: dict[str, Path]) -> None:
+    """Refuse files that are together larger than a record's evidence may be."""
+    if sum(path.stat().st_size for path in files.values()) > MOST_TOTAL:
+        raise InputError(f"its files have over {MOST_TOTAL >> 30} GiB; restore them")
+
+
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a plain file of at most `most` bytes."""
     shown = printable(str(path))
@@ -219,6 +225,7 @@ PLAN_SHAPE = {
     "gpus": int,
     "machine": [str],
 }
+KINDS = {"series": ("A", ("open",)), "ab": ("AB", ("fixed", "until-decided"))}  # arms and rules of the end
 ATTEMPT = {"attempt": int, "role": str, "arm": str, "seed": int, "position": int, "log": str, "source": str}
 EVENTS = {
     "start": ATTEMPT | {"started": str, "plan": str, "format": str},
@@ -270,41 +277,62 @@ def is_inside(path: str) -> bool:
     return plain and is_log(path)
 
 
-def account_of(files: dict[str, bytes]) -> Account:
-    """The account of evidence. InputError if a part of it is missing or malformed."""
-    if missing := [name for name in TOP if name not in files]:
-        raise InputError(
-            f"{', '.join(missing)}: not in the series; restore it, without it there is no record"
-        )
-    plan = parse_json(files[PLAN], PLAN)
+def plan_of(data: bytes) -> dict:
+    """A plan of the right shape, of a kind and rule that a record can rest on."""
+    plan = parse_json(data, PLAN)
     if wrong := misfit(plan, PLAN_SHAPE):
         raise InputError(f"{PLAN}: {wrong}; restore it")
+    kind, rule = plan["kind"], plan["stop"]["rule"]
     if plan["format"] != PLAN_FORMAT:
         raise InputError(f"{PLAN}: format {printable(plan['format'])!r}, must be {PLAN_FORMAT}; restore it")
-    letters = {"series": ["A"], "ab": ["A", "B"]}.get(plan["kind"])
-    if letters is None:
-        kind = printable(plan["kind"])
-        raise InputError(f"{PLAN}: kind {kind!r}: a record is of a series of one trainer or of 'ab'; run one")
-    if [arm["arm"] for arm in plan["arms"]] != letters:
-        raise InputError(
-            f"{PLAN}: a series of kind {plan['kind']} has the arms {', '.join(letters)}; restore it"
-        )
+    if kind not in KINDS:
+        known = "a record is of a series of one trainer or of 'ab'"
+        raise InputError(f"{PLAN}: kind {printable(kind)!r}: {known}; run one")
+    letters, rules = KINDS[kind]
+    if [arm["arm"] for arm in plan["arms"]] != list(letters) or rule not in rules:
+        known = f"the arms {', '.join(letters)} and the rule {' or '.join(rules)}"
+        raise InputError(f"{PLAN}: a series of kind {kind} has {known}; restore it")
+    return plan
+
+
+def events_of(data: bytes) -> dict[str, list[dict]]:
+    """{kind of event: events} of a ledger, each of the right shape."""
     events: dict[str, list[dict]] = {name: [] for name in EVENTS}
-    for number, line in enumerate(files[LEDGER].splitlines(), 1):
+    for number, line in enumerate(data.splitlines(), 1):
         event = parse_json(line, f"{LEDGER}, line {number}")
         kind = event.get("event") if isinstance(event, dict) else None
-        wrong = misfit(event, EVENTS[kind]) if kind in EVENTS else "is no event of a series"
-        if not wrong and "log" in event and not is_inside(event["log"]):
-            wrong = f"log {printable(event['log'])!r} is no log below the series' folder"
+        known = isinstance(kind, str) and kind in EVENTS
+        wrong = misfit(event, EVENTS[kind]) if known else "is no event of a series"
+        if not wrong and "log" in event and not is_inside(str(event["log"])):
+            wrong = f"log {printable(str(event['log']))!r} is no log below the series' folder"
         if wrong:
             raise InputError(f"{LEDGER}, line {number}: {wrong}; restore it")
         events[kind].append(event)
-    stated = files[PLAN_HASH].decode("utf-8", "replace").split()
-    runs = max([plan["runs"], *(e["runs"] for e in events["extend"])])
-    if plan["stop"]["rule"] == "until-decided":
-        runs = min([plan["stop"]["most"], *(e["after"] for e in events["decision"])])
+    return events
+
+
+def runs_of(plan: dict, extended: list[int], decided: list[int]) -> int:
+    """How many runs each arm was to have in the end: as planned, unless it was extended or decided."""
+    rule, least, most = (plan["stop"][key] for key in ("rule", "least", "most"))
+    if (extended and rule != "open") or (decided and rule != "until-decided"):
+        raise InputError(f"{LEDGER}: a series of rule {rule} is not extended or decided; restore it")
+    if any(after < least for after in decided):
+        raise InputError(f"{LEDGER}: decided before the {least} runs that {PLAN} asks for; restore it")
+    runs = min([most, *decided]) if rule == "until-decided" else max([plan["runs"], *extended])
     if not 1 <= runs <= MOST_RUNS:
         raise InputError(f"{PLAN} and {LEDGER}: {runs} runs, must be 1 to {MOST_RUNS}; restore them")
+    return runs
+
+
+def account_of(files: dict[str, bytes]) -> Account:
+    """The account of evidence. InputError if a part of it is missing or malformed."""
+    if missing := [name for name in TOP if name not in files]:
+        named = ", ".join(missing)
+        raise InputError(f"{named}: not in the series; restore it, without it there is no record")
+    plan, events = plan_of(files[PLAN]), events_of(files[LEDGER])
+    extended, decided = [e["runs"] for e in events["extend"]], [e["after"] for e in events["decision"]]
+    runs = runs_of(plan, extended, decided)
+    stated = files[PLAN_HASH].decode("utf-8", "replace").split()
     return Account(
         plan,
         hashlib.sha256(files[PLAN]).hexdigest(),
@@ -312,7 +340,7 @@ def account_of(files: dict[str, bytes]) -> Account:
         tuple(events["start"]),
         tuple(events["end"]),
         runs,
-        bool(events["extend"]) and runs > plan["runs"],
+        bool(extended) and runs > plan["runs"],
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from recordbook import evidence, pages, verdict
 from recordbook.book import BASELINE, FORMAT, MADE, MANIFEST, README, REASON, RESULT, SHAPE, Record
 from recordbook.evidence import Account
 from recordbook.integrity import failed_runs, find, lost_failures
+from recordbook.runs import PROJECT
 from recordbook.sources import Source, check_whole, sources_of
 from recordbook.tracks import Track
 from recordbook.verdict import Case, Reason, Verdict
@@ -121,13 +123,15 @@ def failed_baseline(case: Case) -> list[Reason]:
 # 3. contents ----------------------------------------------------------------------------------------------
 
 
-def library_versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What computes the numbers."""
     import numpy
     import scipy
 
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"format": FORMAT, "python": python, "numpy": numpy.__version__, "scipy": scipy.__version__}
+    found = {"splits": project["version"], "python": python}
+    return found | {"numpy": numpy.__version__, "scipy": scipy.__version__}
 
 
 def machine_of(run: Run) -> dict:
@@ -212,6 +216,15 @@ def arm_contents(judged: Judged, folder: Path, track: Track) -> list[dict]:
     return found
 
 
+def curves(arms: list[Arm], known: list[dict]) -> list[dict]:
+    """The validations of every run."""
+    return [
+        {"arm": arm.name, "log": run["log"], "points": [[p.step, p.seconds, p.loss] for p in read.val]}
+        for arm, content in zip(arms, known, strict=True)
+        for read, run in zip(arm.runs, content["runs"], strict=True)
+    ]
+
+
 def contents(judged: Judged, folder: Path, track: Track, claim: str, name: str) -> dict:
     """result.json of an accepted series, but for `previous`, which is about other records."""
     account, found = judged.account, judged.verdict
@@ -224,7 +237,7 @@ def contents(judged: Judged, folder: Path, track: Track, claim: str, name: str) 
         "date": account.finished[:10],
         "finished": account.finished,
         "claim": claim,
-        "made_with": library_versions(),
+        "made_with": versions(),
         "rules": {key: getattr(track, key) for key in RULES},
         "plan": {
             "sha256": account.plan_hash,
@@ -246,11 +259,7 @@ def contents(judged: Judged, folder: Path, track: Track, claim: str, name: str) 
         "gain": gain_of(judged, track),
         "arms": arms,
         "tests": found.statistics,
-        "curves": [
-            {"arm": arm.name, "log": run["log"], "points": [[p.step, p.seconds, p.loss] for p in read.val]}
-            for arm, content in zip(judged.arms, arms, strict=True)
-            for read, run in zip(arm.runs, content["runs"], strict=True)
-        ],
+        "curves": curves(judged.arms, arms),
     }
     return verdict.plain(content)
 

@@ -177,6 +177,7 @@ def examine(folder: Path, track: Track, records: Sequence[Record]) -> Check:
         if folder.is_symlink():
             raise InputError("is a link; a record is a folder")
         files = evidence.listed(folder)
+        evidence.check_size(files)
         check_manifest(files, check)
         record = read_record(folder)
         held = evidence.of_record(files)

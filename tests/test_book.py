@@ -359,6 +359,12 @@ def new_plan(folder: Path, **changes) -> None:
     ledger_lines(folder, lambda events: [e | ({"plan": digest} if "plan" in e else {}) for e in events])
 
 
+def replace_plan(folder: Path, old: str, new: str) -> None:
+    """Change a text in a plan, and what rests on its hash."""
+    replace(folder / "plan.json", old, new)
+    new_plan(folder)
+
+
 def rename_seeds(events: list[dict]) -> list[dict]:
     swap = {1: 2, 2: 1}
     return [e | {"seed": swap.get(e["seed"], e["seed"])} if e.get("arm") == "B" else e for e in events]
@@ -425,6 +431,20 @@ ALTERED = {  # name: (what is done to a series, words of the refusal)
         ),
         "the runs were made in the order",
     ),
+    "rule unknown": (
+        lambda s: new_plan(s, stop={"rule": "open", "least": 6, "most": 6}),
+        "has the arms A, B and the rule fixed or until-decided",
+    ),
+    "extended": (
+        lambda s: ledger_lines(s, lambda e: [{"event": "extend", "runs": 6}, *e]),
+        "a series of rule fixed is not extended",
+    ),
+    "source of the plan": (
+        lambda s: new_plan(
+            s, arms=[a | {"files": {}} for a in json.loads((s / "plan.json").read_text())["arms"]]
+        ),
+        "the source of arm A is not the hash of its files",
+    ),
     "log outside": (
         lambda s: ledger_lines(s, lambda e: move_log(e, "../x/run-001.txt")),
         "is no log below the series",
@@ -466,6 +486,35 @@ def test_an_undecided_series_is_not_finished(empty, series, capsys):
     ledger_lines(made, lambda events: [e for e in events if e["event"] != "decision"])
     assert accept(empty, made, "new") == 2
     assert "not finished, it lacks seed 7 of arm A" in capsys.readouterr().err
+
+
+def test_a_decision_is_not_earlier_than_the_plan_allows(empty, series, capsys):
+    made = series(n=6, most=20)
+    ledger_lines(made, lambda e: [x | ({"after": 3} if x["event"] == "decision" else {}) for x in e])
+    assert accept(empty, made, "new") == 2
+    assert "decided before the 4 runs" in capsys.readouterr().err
+
+
+def test_a_failure_at_the_end_leaves_nothing(empty, series, monkeypatch, capsys):
+    """The rename fails; then what was built does not verify."""
+    from recordbook import verify as verifier
+
+    made, before = series(), tree(empty)
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(os, "rename", fail)
+        assert accept(empty, made, "new") == 2
+        assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert [path.name for path in (empty / "tiny").iterdir()] == ["track.toml"]
+    with monkeypatch.context() as patch:
+        patch.setattr(verifier, "examine", lambda *_: verifier.Check(evidence=["a fault"]))
+        assert accept(empty, made, "new") == 2
+        assert "would not verify: a fault; nothing was written" in capsys.readouterr().err
+    assert tree(empty) == before
+    assert accept(empty, made, "new") == 0
 
 
 def test_a_trainer_with_the_name_of_a_file_of_the_book(empty, tmp_path, monkeypatch, capsys):
