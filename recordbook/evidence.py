@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -282,9 +281,13 @@ def plan_of(data: bytes) -> dict:
     plan = parse_json(data, PLAN)
     if wrong := misfit(plan, PLAN_SHAPE):
         raise InputError(f"{PLAN}: {wrong}; restore it")
-    kind, rule = plan["kind"], plan["stop"]["rule"]
+    kind, rule, lanes = plan["kind"], plan["stop"]["rule"], plan.get("lanes", 1)
     if plan["format"] != PLAN_FORMAT:
         raise InputError(f"{PLAN}: format {printable(plan['format'])!r}, must be {PLAN_FORMAT}; restore it")
+    if misfit(lanes, int) or lanes < 1:
+        raise InputError(
+            f"{PLAN}: lanes {printable(repr(lanes))[:60]}, must be a whole number from 1; restore it"
+        )
     if kind not in KINDS:
         known = "a record is of a series of one trainer or of 'ab'"
         raise InputError(f"{PLAN}: kind {printable(kind)!r}: {known}; run one")
@@ -457,7 +460,7 @@ def machine_fault(run: Run, machine: list[str]) -> str:
 
 def count_faults(account: Account) -> Iterator[str]:
     """As many runs as the plan says, each seed once in each arm, in the planned order."""
-    plan, counted = account.plan, account.counted
+    counted = account.counted
     wanted = [(letter, seed) for seed in range(1, account.runs + 1) for letter in account.arms]
     have = Counter((e["arm"], e["seed"]) for e in counted)
     missing, over = [k for k in wanted if not have[k]], [k for k in have if have[k] > 1 or k not in wanted]
@@ -467,9 +470,20 @@ def count_faults(account: Account) -> Iterator[str]:
     if over:
         shown = some([f"seed {seed} of arm {printable(arm)}" for arm, seed in over])
         yield f"more runs than planned: {shown}"
-    if missing or over:
+    if not missing and not over:
+        yield from order_faults(account)
+
+
+def order_faults(account: Account) -> Iterator[str]:
+    """The runs were made in the planned order: seed after seed, or as many at once as there are lanes."""
+    counted, arms, lanes = account.counted, len(account.arms), account.plan.get("lanes", 1)
+    order, places = pattern(account.plan["kind"], account.runs), [e["position"] for e in counted]
+    planned = {(letter, i // arms + 1): i + 1 for i, letter in enumerate(order)}
+    if places != [planned[e["arm"], e["seed"]] for e in counted]:
+        yield f"{LEDGER}: a position is not that of its arm and seed in {order}"
         return
-    order = "".join(e["arm"] for e in counted)
-    planned = pattern(plan["kind"], account.runs)
-    if order != planned or any(a["position"] >= b["position"] for a, b in pairwise(counted)):
-        yield f"the runs were made in the order {order}, {PLAN} says {planned}"
+    batches = [(place - 1) // (arms * lanes) for place in places]
+    by_seed = sorted(places, key=lambda place: (place - 1) // arms)  # else as they were made
+    if batches != sorted(batches) or by_seed != sorted(by_seed):
+        made = "".join(e["arm"] for e in counted)
+        yield f"the runs were made in the order {made}, {PLAN} says {order}, {lanes} at once"

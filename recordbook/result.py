@@ -134,10 +134,12 @@ def versions() -> dict[str, str]:
     return found | {"numpy": numpy.__version__, "scipy": scipy.__version__}
 
 
-def machine_of(run: Run) -> dict:
-    """What tells machines, and data, apart."""
-    head = run.head
-    known = {"id": head.get("uuids") or head.get("host") or "unknown", "hardware": run.hardware or "unknown"}
+def machine_of(runs: list[Run]) -> dict:
+    """What tells machines, and data, apart; all GPUs of the runs, which lanes share out."""
+    head = runs[0].head
+    uuids = {uuid for run in runs for uuid in run.head.get("uuids", "").split(", ")} - {""}
+    known = {"id": ", ".join(sorted(uuids)) or head.get("host") or "unknown"}
+    known["hardware"] = runs[0].hardware or "unknown"
     return known | {key: head.get(key) for key in ("host", "driver", "data")}
 
 
@@ -247,7 +249,7 @@ def contents(judged: Judged, folder: Path, track: Track, claim: str, name: str) 
             "runs": account.runs,
             "extended": account.extended,
         },
-        "machine": machine_of(first),
+        "machine": machine_of(judged.arms[-1].counted),
         "versions": {key: first.head.get(key) for key in SHAPE["versions"]},
         "verdict": {
             "outcome": found.outcome,

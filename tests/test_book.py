@@ -425,6 +425,11 @@ ALTERED = {  # name: (what is done to a series, words of the refusal)
     "run forgotten": (lambda s: ledger_lines(s, lambda e: e[:-2]), "not in ledger.jsonl"),
     "attempt twice": (lambda s: ledger_lines(s, lambda e: [*e, e[-1]]), "attempt 12 is there twice"),
     "seeds exchanged": (lambda s: ledger_lines(s, rename_seeds), "seed of arm B: 1, must be 2"),
+    "position": (
+        lambda s: ledger_lines(s, lambda e: [x | {"position": x["position"] + 1} for x in e]),
+        "a position is not that of its arm and seed",
+    ),
+    "lanes": (lambda s: new_plan(s, lanes=0), "lanes 0, must be a whole number from 1"),
     "order": (
         lambda s: ledger_lines(
             s, lambda e: [x | {"attempt": {5: 7, 7: 5}.get(x["attempt"], x["attempt"])} for x in e]
@@ -486,6 +491,19 @@ def test_an_undecided_series_is_not_finished(empty, series, capsys):
     ledger_lines(made, lambda events: [e for e in events if e["event"] != "decision"])
     assert accept(empty, made, "new") == 2
     assert "not finished, it lacks seed 7 of arm A" in capsys.readouterr().err
+
+
+def test_lanes_make_seeds_at_once_but_pairs_in_order(empty, series):
+    """Attempts 1 to 4 are seeds 1 and 2 on two lanes: seed 2 may start between the runs of seed 1."""
+    made = series()
+    new_plan(made, lanes=2)
+    attempts = {2: 3, 3: 2}
+    ledger_lines(made, lambda e: [x | {"attempt": attempts.get(x["attempt"], x["attempt"])} for x in e])
+    files = evidence.of_series(made)
+    assert evidence.faults(evidence.account_of(files), files) == []
+    ledger_lines(made, lambda e: [x | {"attempt": {1: 3, 3: 1}.get(x["attempt"], x["attempt"])} for x in e])
+    files = evidence.of_series(made)
+    assert "made in the order" in evidence.faults(evidence.account_of(files), files)[0]
 
 
 def test_a_decision_is_not_earlier_than_the_plan_allows(empty, series, capsys):
