@@ -7,6 +7,8 @@
     python compare_runs.py logs/candidate                     one arm against the target alone
     python compare_runs.py logs/a logs/b --json out.json --plot out.png
     python compare_runs.py logs/a logs/b --track short --claim ml    ACCEPT, REJECT or INCONCLUSIVE
+    python compare_runs.py accept logs/ab --track short --claim ml --name fused-head    write a record
+    python compare_runs.py verify                                    are all records what their logs say?
 
 Reads the logs of every era of the GPT speedrun, and ours. Needs scipy; --plot needs matplotlib; never torch.
 Only complete runs are averaged. Every other run is named with the reason; a mixed arm is refused.

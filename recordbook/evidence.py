@@ -18,7 +18,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -102,13 +102,12 @@ def listed(folder: Path) -> dict[str, Path]:
                 raise InputError(f"{shown}: control characters in a file name; rename it")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise InputError(
-                    f"{shown}: a link or a device, evidence is plain files; replace it by its content"
+                    f"{shown}: a link or a device, but evidence is plain files; copy its content"
                 )
         found |= {Path(parent, name).relative_to(folder).as_posix(): Path(parent, name) for name in files}
         if len(found) > MOST_FILES:
-            raise InputError(
-                f"{printable(str(folder))}: holds over {MOST_FILES:,} files; is it the right folder?"
-            )
+            many = f"holds over {MOST_FILES:,} files"
+            raise InputError(f"{printable(str(folder))}: {many}; is it the right folder?")
     return dict(sorted(found.items()))
 
 
@@ -136,34 +135,28 @@ def stem_of(log: str) -> str:
     return LOG_END.sub("", log)
 
 
+def unpacked(log: str) -> str:
+    """A log's name without the suffix of its packer."""
+    return log.removesuffix(LOG_END.search(log)[2] or "")
+
+
 def gather(files: dict[str, Path]) -> dict[str, bytes]:
     """The evidence among files of a series' form, packed logs unpacked; other files are left out."""
-    logs = {name for name in files if is_log(name)}
+    logs = {name for name in files if is_log(name) and LOG_END.search(name)}  # .TXT is no name of run.sh
     twins = {stem_of(name) + twin for name in logs for twin in TWINS}
-    found, total = {}, 0
+    known, found, total = logs | twins | {*TOP}, {}, 0
     for name, path in files.items():
-        if name in logs:
-            key, data = (
-                stem_of(name) + LOG_END.search(name)[0].removesuffix(packing(name)),
-                read_log(str(path)),
-            )
-        elif name in twins or name in TOP:
-            key, data = name, read_bytes(path)
-        else:
+        if name not in known:
             continue
+        key = unpacked(name) if name in logs else name
         if key in found:
             raise InputError(f"{printable(str(path))}: lies there twice, packed and not; remove one of them")
-        found[key], total = data, total + len(data)
+        found[key] = read_log(str(path)) if name in logs else read_bytes(path)
+        total += len(found[key])
         if total > MOST_TOTAL:
-            raise InputError(
-                f"{printable(str(path))}: with it the logs have over {MOST_TOTAL >> 30} GiB unpacked"
-            )
+            much = f"with it the logs have over {MOST_TOTAL >> 30} GiB unpacked"
+            raise InputError(f"{printable(str(path))}: {much}; is it the right folder?")
     return found
-
-
-def packing(log: str) -> str:
-    """The suffix of a log's packer; '' for none."""
-    return LOG_END.search(log)[2] or ""
 
 
 def of_series(folder: Path) -> dict[str, bytes]:
@@ -173,19 +166,16 @@ def of_series(folder: Path) -> dict[str, bytes]:
         where = printable(str(folder.parent if above.is_file() else folder))
         if above.is_file():
             raise InputError(f"{printable(str(folder))}: is one arm; name the folder of its series, {where}")
-        raise InputError(
-            f"{where}: has no {PLAN}, so it is no series of run.sh; make one: bash run.sh --help"
-        )
+        raise InputError(f"{where}: has no {PLAN}, so it is no series; make one: bash run.sh --help")
     seen = {k: v for k, v in listed(folder).items() if not any(p.startswith(".") for p in k.split("/"))}
     return gather(seen)
 
 
 def of_record(files: dict[str, Path]) -> dict[str, bytes]:
     """The evidence among the files of a record's folder."""
-    inside = {
-        name.removeprefix(f"{LOGS}/"): path for name, path in files.items() if name.startswith(f"{LOGS}/")
-    }
-    return gather(inside | {name: files[name] for name in TOP if name in files})
+    inside = {name.partition("/")[2]: path for name, path in files.items() if name.startswith(f"{LOGS}/")}
+    below = {name: path for name, path in inside.items() if name not in TOP}
+    return gather(below | {name: files[name] for name in TOP if name in files})
 
 
 def write_series(files: dict[str, bytes], folder: Path) -> None:
@@ -196,18 +186,19 @@ def write_series(files: dict[str, bytes], folder: Path) -> None:
         path.write_bytes(data)
 
 
+def record_names(files: Iterable[str]) -> dict[str, str]:
+    """{path in a series' folder: path in a record's folder}."""
+    packed = {name: f"{name}{PACKED}" if is_log(name) else name for name in files}
+    return {name: stored if name in TOP else f"{LOGS}/{stored}" for name, stored in packed.items()}
+
+
 def as_record(files: dict[str, bytes]) -> dict[str, bytes]:
     """{path in a record's folder: bytes} of evidence. The same log gives the same bytes."""
     import zstandard
 
     packer = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
-    found = {name: data for name, data in files.items() if name in TOP}
-    for name, data in files.items():
-        if is_log(name):
-            found[f"{LOGS}/{name}{PACKED}"] = packer.compress(data)
-        elif name not in TOP:
-            found[f"{LOGS}/{name}"] = data
-    return found
+    places = record_names(files)
+    return {places[k]: packer.compress(data) if is_log(k) else data for k, data in files.items()}
 
 
 # 3. the account -------------------------------------------------------------------------------------------

@@ -145,8 +145,7 @@ def machine_of(runs: list[Run]) -> dict:
 
 def run_content(run: Run, arm: Arm, folder: Path, ended: dict[str, str]) -> dict:
     """One run of an arm (RUN)."""
-    log = Path(os.path.relpath(run.path, folder)).as_posix()
-    log = evidence.stem_of(log) + evidence.LOG_END.search(log)[0].removesuffix(evidence.packing(log))
+    log = evidence.unpacked(Path(os.path.relpath(run.path, folder)).as_posix())
     return {
         "log": log,
         "sha256": run.digest,

@@ -108,9 +108,9 @@ def source_faults(judged: Judged, files: dict[str, Path]) -> Iterator[str]:
 
 def excess(judged: Judged, held: dict[str, bytes], files: dict[str, Path]) -> Iterator[str]:
     """Files that are no part of a record."""
-    logs = {f"{evidence.LOGS}/{name}{evidence.PACKED if evidence.is_log(name) else ''}" for name in held}
-    known = logs | {*OWN_FILES, *(source.name for source in judged.sources)}
-    for name in files.keys() - known:
+    stored = evidence.record_names(held)
+    known = {*stored.values(), *OWN_FILES, *(source.name for source in judged.sources)}
+    for name in sorted(files.keys() - known):
         yield f"{name} is no part of a record"
 
 

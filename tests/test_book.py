@@ -612,6 +612,21 @@ FORGED = {
         "run-099.txt.zst is not in MANIFEST.sha256",
         "not in ledger.jsonl",
     ),
+    "plan among the logs": (
+        lambda r: shutil.copy(r / "plan.json", r / "logs"),
+        "logs/plan.json is not in MANIFEST.sha256",
+        "logs/plan.json is no part of a record",
+    ),
+    "log of another name": (
+        lambda r: (r / "logs" / "RUN.TXT").write_bytes(unpack(first_log(r))),
+        "logs/RUN.TXT is not in MANIFEST.sha256",
+        "logs/RUN.TXT is no part of a record",
+    ),
+    "unpacked log": (
+        lambda r: [first_log(r).with_suffix("").write_bytes(unpack(first_log(r))), first_log(r).unlink()],
+        "run-001.txt is not in MANIFEST.sha256",
+        "run-001.txt is no part of a record",
+    ),
     "number in result.json": (
         lambda r: replace(r / "result.json", '"time_mean": 2.005', '"time_mean": 1.905'),
         "result.json does not have the hash",
