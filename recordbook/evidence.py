@@ -25,7 +25,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compare_runs import LOG_END, InputError, Run, is_log, parse_log, printable, read_log, some
-from recordbook.runs import LEDGER, LEDGER_FORMAT, MOST_RUNS, PLAN, PLAN_FORMAT, PLAN_HASH, pattern, source_of
+from recordbook.runs import (
+    ENDED,
+    LEDGER,
+    LEDGER_FORMAT,
+    MOST_RUNS,
+    PLAN,
+    PLAN_FORMAT,
+    PLAN_HASH,
+    pattern,
+    source_of,
+)
 
 TOP = (PLAN, PLAN_HASH, LEDGER)
 LOGS, PACKED = "logs", ".zst"
@@ -344,6 +354,7 @@ def account_of(files: dict[str, bytes]) -> Account:
 def faults(account: Account, files: dict[str, bytes]) -> list[str]:
     """Everything in which plan, ledger and logs do not agree, one sentence each; none for a record."""
     found = [*plan_faults(account), *ledger_faults(account), *log_faults(account, files)]
+    found = found or list(uncounted_faults(account, files))
     return found or [*run_faults(account, files), *count_faults(account)]
 
 
@@ -406,6 +417,16 @@ def log_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:
     known = {end["log"] for end in account.ends}
     if strangers := [name for name in files if is_log(name) and name not in known]:
         yield f"not in {LEDGER}: {printable(some(strangers))}"
+
+
+def uncounted_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:
+    """What ended by itself counts, so no whole run is left out."""
+    for end in (end for end in account.ends if end["role"] == "run" and end["log"] in files):
+        log, status = printable(end["log"]), printable(end["status"])
+        if end["counted"] != (end["status"] in ENDED):
+            yield f"{log}: {LEDGER} has it as {status}, and as {'' if end['counted'] else 'not '}counted"
+        elif not end["counted"] and parse_log(files[end["log"]], log, log)[0].complete:
+            yield f"{log}: is a whole run, but {LEDGER} has it as {status}"
 
 
 def run_faults(account: Account, files: dict[str, bytes]) -> Iterator[str]:

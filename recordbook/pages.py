@@ -68,7 +68,8 @@ def beside_previous(content: dict) -> list[str]:
     before = content["previous"]
     if before is None:
         return ["It is the first record of the track."]
-    size = f"{before['time_mean']:.4f} s, loss {before['loss_mean']:.4f}"
+    metric = cell(content["rules"]["metric"])
+    size = f"{before['time_mean']:.4f} s, {metric} {before['loss_mean']:.4f}"
     lines = [f"The newest record of the track was {before['record']}: {size}."]
     if before["comparable"]:
         lines.append(

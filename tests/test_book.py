@@ -194,7 +194,7 @@ def test_other_machines_and_sources_are_told(records, series):
     made = series("ml", losses={"B": [x - 0.001 for x in LOSSES]}, started="2026-03-09")
     assert accept(records, made, "ml-claim", "ml") == 0
     text = (records / "tiny" / "2026-03-09_ml-claim" / "README.md").read_text()
-    assert f"The newest record of the track was {FASTER}: 2.0050 s, loss 4.1015." in text
+    assert f"The newest record of the track was {FASTER}: 2.0050 s, val\\_loss 4.1015." in text
     assert "Both are from the same machine and data" in text
     assert "The baseline arm is another source than that record's." in text
     assert "pass: target: mean val\\_loss 4.1005" in text
@@ -423,6 +423,18 @@ ALTERED = {  # name: (what is done to a series, words of the refusal)
     ),
     "end missing": (lambda s: ledger_lines(s, lambda e: e[:-1]), "attempt 12 lacks its start or its end"),
     "run forgotten": (lambda s: ledger_lines(s, lambda e: e[:-2]), "not in ledger.jsonl"),
+    "whole run not counted": (
+        lambda s: ledger_lines(s, lambda e: [*e[:-1], e[-1] | {"status": "interrupted", "counted": False}]),
+        "run-006.txt: is a whole run, but ledger.jsonl has it as interrupted",
+    ),
+    "failure not counted": (
+        lambda s: ledger_lines(s, lambda e: [*e[:-1], e[-1] | {"status": "crashed", "counted": False}]),
+        "has it as crashed, and as not counted",
+    ),
+    "whole run as failed": (
+        lambda s: ledger_lines(s, lambda e: [*e[:-1], e[-1] | {"status": "crashed"}]),
+        "end of arm A: done, must be failed",
+    ),
     "attempt twice": (lambda s: ledger_lines(s, lambda e: [*e, e[-1]]), "attempt 12 is there twice"),
     "seeds exchanged": (lambda s: ledger_lines(s, rename_seeds), "seed of arm B: 1, must be 2"),
     "position": (
@@ -680,7 +692,7 @@ FORGED = {
     "ledger": (
         lambda r: replace(r / "ledger.jsonl", '"status": "done"', '"status": "interrupted"'),
         "ledger.jsonl does not have the hash",
-        "end of arm A: done, must be failed",
+        "ledger.jsonl has it as interrupted, and as counted",
     ),
     "ledger line": (
         lambda r: ledger_lines(r, lambda events: events[:-1]),
