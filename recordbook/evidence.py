@@ -41,6 +41,7 @@ TOP = (PLAN, PLAN_HASH, LEDGER)
 LOGS, PACKED = "logs", ".zst"
 TWINS = (".gpu.json", ".json")  # beside a log
 MOST_FILES, MOST_BYTES, MOST_TOTAL = 20_000, 64 << 20, 1 << 30  # files; bytes of one, but a log; of all
+MOST_DEPTH = 20  # of a JSON value
 LEVEL = 19  # of zstandard
 
 # 1. shapes ------------------------------------------------------------------------------------------------
@@ -77,6 +78,15 @@ def misfit(value: Any, shape: Any, where: str = "") -> str:
     return f"{where} is {printable(repr(value))[:60]}, not {names}"
 
 
+def is_deep(value: Any) -> bool:
+    """Is a JSON value nested deeper than any that is written here? Such a one could end a recursion."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+        level = [x for values in inner for x in values]
+    return bool(level)
+
+
 def parse_json(data: bytes, file: str) -> Any:
     """A JSON value whose numbers are finite and of sane length; InputError names the file."""
 
@@ -89,7 +99,10 @@ def parse_json(data: bytes, file: str) -> Any:
         return number(text, int)
 
     try:
-        return json.loads(data, parse_float=number, parse_int=whole, parse_constant=number)
+        value = json.loads(data, parse_float=number, parse_int=whole, parse_constant=number)
+        if is_deep(value):
+            raise ValueError(f"over {MOST_DEPTH} levels deep")
+        return value
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({printable(str(error))}); restore it") from None
 

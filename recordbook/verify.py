@@ -320,10 +320,11 @@ def verify_record(
 def verify_track(folder: Path, only: Path | None, write: bool) -> tuple[list[str], bool]:
     """(lines, is all well) of a track, or of one of its records."""
     track = load_track(folder / FILE)
-    folders = record_folders(track.name, folder.parent)
-    records, lines, well = readable(folders), [], True
-    for place in folders if only is None else [only]:
-        found, good = verify_record(place, track, records, write)
+    folders, lines, well = record_folders(track.name, folder.parent), [], True
+    records = readable(folders)
+    order = {record.folder.name: i for i, record in enumerate(records)}  # a record is told before later ones
+    for place in [only] if only else sorted(folders, key=lambda path: order.get(path.name, -1)):
+        found, good = verify_record(place, track, readable(folders) if write else records, write)
         lines, well = [*lines, *found], well and good
     if only is not None:
         return lines, well

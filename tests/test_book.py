@@ -17,6 +17,7 @@ from scipy import stats
 
 import compare_runs as cr
 from recordbook import book, evidence, pages
+from tests import conftest
 from tests.conftest import DAY, LOSSES, SOURCES, TIMES, write_series
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +187,7 @@ def test_a_first_record_claims_no_gain(finished, capsys):
     assert "Faster than" not in text
     assert verify(finished / "records") == 0
     out = capsys.readouterr().out.splitlines()
-    assert out == [f"tiny/{FASTER}: ok", f"tiny/{FIRST}: ok", "tiny: table and plot ok"]
+    assert out == [f"tiny/{FIRST}: ok", f"tiny/{FASTER}: ok", "tiny: table and plot ok"]
 
 
 def test_other_machines_and_sources_are_told(records, series):
@@ -272,6 +273,46 @@ def test_a_series_of_the_real_runner(empty, tmp_path, capsys):
     assert (record.folder / "b.py").read_text() == trainer + "# faster\n"
     assert (record.folder / "triton_kernels.py").read_text() == "x = 1\n"
     assert verify(empty) == 0
+
+
+def test_a_series_on_gpus_with_lanes_and_a_warm_up(tmp_path, monkeypatch):
+    """Two lanes of one GPU each; the state of the GPUs stands beside the log and in the ledger."""
+    plain_plan, plain_run = conftest.series_plan, conftest.series_run
+    state = {"format": "splits.gpu/1", "gpus": [{"sm_mhz": {"mean": 1980.0}, "throttle": {"idle": 0.0}}]}
+    machine = ["GPU-aa", "GPU-bb"]
+
+    def plan(*args) -> dict:
+        return plain_plan(*args) | {"recipe": "sprint", "machine": machine, "gpus": 1, "lanes": 2}
+
+    def run(folder, which, seconds, loss, clock, meta) -> dict:
+        facts = {"gpu_0": f"NVIDIA H200 {machine[which['seed'] % 2]}", "cpu": None, "recipe": "sprint"}
+        end = plain_run(folder, which, seconds, loss, clock, meta | facts)
+        (folder / which["log"]).with_suffix(".gpu.json").write_text(json.dumps(state))
+        return end | {"gpu": state}
+
+    monkeypatch.setattr(conftest, "series_plan", plan)
+    monkeypatch.setattr(conftest, "series_run", run)
+    losses = [x - 0.85 for x in LOSSES]
+    made = conftest.write_series(tmp_path / "gpu", losses={"A": losses, "B": losses})
+    warm = made / "warm-up" / "A" / "warm-up.txt"
+    warm.parent.mkdir(parents=True)
+    warm.write_text("step:1/2 train_loss:1\nstatus: interrupted at step 1: asked to\n")
+    digest = hashlib.sha256(warm.read_bytes()).hexdigest()
+    facts = {"attempt": 99, "role": "warm-up", "log": "warm-up/A/warm-up.txt"}
+    end = {"status": "interrupted", "counted": False, "gpu": None, "log_sha256": digest}
+    ledger_lines(made, lambda e: [e[0] | facts, e[1] | facts | end, *e])
+    records = tmp_path / "records"
+    (records / "sprint").mkdir(parents=True)
+    shutil.copy(ROOT / "records" / "sprint" / "track.toml", records / "sprint")
+    words = ["--track", "sprint", "--name", "lanes", "--claim", "systems", "--records", str(records)]
+    assert cr.main(["accept", str(made), *words]) == 0
+    (record,) = book.records_of("sprint", records)
+    assert record.machine["id"] == "GPU-aa, GPU-bb"
+    assert unpack(record.folder / "logs" / "warm-up" / "A" / "warm-up.txt.zst") == warm.read_bytes()
+    assert verify(records) == 0
+    replace(next(record.folder.glob("logs/B-*/run-001.gpu.json")), "1980.0", "1990.0")
+    remake_manifest(record.folder)
+    assert verify(records) == 1
 
 
 # what is refused --------------------------------------------------------------------------------------------
@@ -556,7 +597,6 @@ def test_a_trainer_with_the_name_of_a_file_of_the_book(empty, tmp_path, monkeypa
     )
     digest = hashlib.sha256(SOURCES["A"].encode()).hexdigest()
     from recordbook import runs
-    from tests import conftest
 
     plan = conftest.series_plan
 
@@ -822,6 +862,8 @@ def test_write_makes_pages_again_but_not_evidence(records, capsys):
     replace(record / "README.md", "2.0050", "1.0050")
     set_result(record, lambda c: c.update(gain=c["gain"] | {"seconds": 0.11}))
     (records / "tiny" / "README.md").unlink()
+    first = records / "tiny" / FIRST / "result.json"  # which the later record names with its time
+    replace(first, '"time_mean": 2.108', '"time_mean": 2.208')
     assert verify(records) == 1
     assert verify(records, "--write") == 0
     assert tree(records) == before
@@ -869,6 +911,11 @@ def deep(path: Path) -> None:
     path.write_text("[" * 200_000)
 
 
+def nest(record: Path, depth: int) -> None:
+    """A value of so many levels among the tests, which may hold anything."""
+    replace(record / "result.json", '"tests": {', f'"tests": {{"x": {"[" * depth}{"]" * depth},')
+
+
 HARMFUL = {
     "zip bomb": (lambda r: bomb(first_log(r)), "over 128 MiB unpacked"),
     "cut log": (lambda r: first_log(r).write_bytes(first_log(r).read_bytes()[:-9]), "run-001.txt.zst"),
@@ -883,6 +930,7 @@ HARMFUL = {
     ),
     "pipe": (lambda r: os.mkfifo(r / "logs" / "pipe.txt"), "a link or a device"),
     "deep JSON": (lambda r: deep(r / "result.json"), "cannot be read as JSON"),
+    "nested JSON": (lambda r: nest(r, 300), "over 20 levels deep"),
     "deep plan": (lambda r: deep(r / "plan.json"), "cannot be read as JSON"),
     "large JSON": (lambda r: os.truncate(r / "result.json", 65 << 20), "over 64 MiB"),
     "infinite number": (
