@@ -155,7 +155,9 @@ class Trial:
     """The lines of one training run; a file of the fixed-architecture track can hold several."""
 
     val: list[Point] = field(default_factory=list)
-    train: list[Point] = field(default_factory=list)
+    train_lines: int = 0  # training losses are counted, not kept: many long logs would not fit in memory
+    train_last: Point | None = None
+    train_bad: int | None = None  # first step with a training loss that is not finite
     bpb: list[float] = field(default_factory=list)
     measured: dict[bytes, bytes] = field(default_factory=dict)  # every key of the last validation line
     totals: set[int] = field(default_factory=set)
@@ -182,7 +184,8 @@ class Run:
     sources: dict[str, str]
     digest: str
     val: list[Point]
-    train: list[Point]
+    train_last: Point | None = None
+    train_lines: int = 0
     steps_done: int | None = None
     steps_planned: int | None = None
     loss: float | None = None
@@ -307,9 +310,17 @@ def add_train(trial: Trial, line: bytes, step: int) -> None:
     """Add the training loss of one `step:` line, if it has one. Most lines of a log pass through here."""
     if match := TRAIN.match(line):
         loss, clock = parse_number(match[1]), parse_number(match[2] or b"")
-        seconds = clock / 1000 if clock is not None and match[3] == b"ms" else clock
-        if loss is not None:
-            trial.train.append(Point(step, loss, seconds))
+        count_train(trial, step, loss, clock / 1000 if clock is not None and match[3] == b"ms" else clock)
+
+
+def count_train(trial: Trial, step: int, loss: float | None, seconds: float | None) -> None:
+    """Note one training loss; None is no number."""
+    if loss is None:
+        return
+    trial.train_lines += 1
+    trial.train_last = Point(step, loss, seconds)
+    if not math.isfinite(loss):
+        trial.train_bad = step if trial.train_bad is None else min(step, trial.train_bad)
 
 
 def add_val(trial: Trial, line: bytes, step: int) -> None:
@@ -379,8 +390,10 @@ def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
         if total:
             trial.totals.add(total)
             (add_val if is_val else add_train)(trial, line, step)
+        elif not is_val:
+            count_train(trial, step, parse_number(match[3]), None)
         elif (loss := parse_number(match[3])) is not None:
-            (trial.val if is_val else trial.train).append(Point(step, loss, None))
+            trial.val.append(Point(step, loss, None))
     return trials, first
 
 
@@ -388,7 +401,8 @@ def judge(trial: Trial, ours: bool, contest: bool, cut: bool) -> tuple[str, str]
     """(status, reason) of one run. Complete: the last planned validation is there, nothing disagrees."""
     total = max(trial.totals, default=None)
     done = trial.val[-1].step if trial.val else None
-    bad = [p.step for p in trial.val + trial.train if not math.isfinite(p.loss)]
+    bad = [p.step for p in trial.val if not math.isfinite(p.loss)]
+    bad += [trial.train_bad] if trial.train_bad is not None else []
     reason = ""
     if trial.conflict:
         return "contradictory", trial.conflict
@@ -409,7 +423,7 @@ def judge(trial: Trial, ours: bool, contest: bool, cut: bool) -> tuple[str, str]
     elif total is not None and done < total and not trial.stopped_early:
         before = " before the last validation" if trial.last_step >= total else ""
         reason = f"stops at step {trial.last_step} of {total}{before}"
-    elif total is None and trial.train and trial.train[-1].step >= done:
+    elif total is None and trial.train_last and trial.train_last.step >= done:
         reason = f"stops at step {trial.last_step} without a last validation"
     elif contest and trial.final is None:
         reason = "has no final_ line with the loss after quantisation"
@@ -460,7 +474,8 @@ def parse_log(data: bytes, name: str, path: str) -> list[Run]:
         if trial.last_step < 0 and source is None:
             status, reason = ("not a log", "no step line") if data.strip() else (status, "is empty")
         label = f"{name}#{number}" if len(trials) > 1 else name
-        run = Run(label, path, kind, status, reason, head, source, sources, digest, trial.val, trial.train)
+        run = Run(label, path, kind, status, reason, head, source, sources, digest, trial.val)
+        run.train_last, run.train_lines = trial.train_last, trial.train_lines
         run.steps_done = trial.last_step if trial.last_step >= 0 else None
         run.steps_planned = max(trial.totals, default=run.steps_done if timeless else None)
         run.peak_mib = trial.peak_mib
@@ -637,6 +652,17 @@ def read_log(path: str) -> bytes:
     return data
 
 
+def with_progress(files: list[str]) -> Iterable[str]:
+    """The same files, with a bar on a terminal where reading takes more than two seconds."""
+    if len(files) < 100 or not sys.stderr.isatty():
+        return files
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return files
+    return tqdm(files, desc="logs", unit="", delay=2, leave=False)
+
+
 def load_arm(arg: str) -> Arm:
     """Find, read and parse the logs of one argument: a file, folder or glob, perhaps with @<hash>."""
     place, pick = arg, ""
@@ -644,7 +670,7 @@ def load_arm(arg: str) -> Arm:
         place, pick = match[1], match[2]
     files, base = find_logs(place)
     runs = []
-    for path in files:
+    for path in with_progress(files):
         runs += parse_log(read_log(path), printable(os.path.relpath(path, base)), path)
     if all(run.status == "not a log" for run in runs):
         names = some([run.name for run in runs])
@@ -1135,8 +1161,8 @@ def as_json(outcome: Outcome, statistics: dict) -> dict:
                 "counted": run.complete,
                 "head": run.head,
                 "val": points(run.val),
-                "train": points(run.train[-1:]),
-                "train_lines": len(run.train),
+                "train": points([run.train_last] if run.train_last else []),
+                "train_lines": run.train_lines,
             }
         )
 

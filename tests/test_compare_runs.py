@@ -267,7 +267,7 @@ def test_published_old_log_keeps_its_source_hash():
     assert run.head["torch"] == "2.4.1+cu121"
     assert run.head["started"] == "2024-10-14T05:01:30"
     assert run.hardware == "8 x NVIDIA H100 80GB HBM3"
-    assert len(run.train) == 5100
+    assert run.train_lines == 5100
 
 
 # formats ----------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_our_format():
     assert run.head["gpus"] == ["NVIDIA H100 80GB HBM3"]
     assert run.head["uuids"] == "GPU-1111"
     assert [p.step for p in run.val] == [0, 10, 20, 30]
-    assert len(run.train) == 30
+    assert run.train_lines == 30
     assert run.sources == {"train_gpt.py": hashlib.sha256(b"print('hi')\nlr = 1\n").hexdigest()}
 
 
