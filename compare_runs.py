@@ -12,8 +12,8 @@
 
 Reads the logs of every era of the GPT speedrun, and ours. Needs scipy; --plot needs matplotlib; never torch.
 Only complete runs are averaged. Every other run is named with the reason; a mixed arm is refused.
-Order of this file: statistics, log parsing, arms and their checks, report, plot, command line. The findings,
-the verdict and the subcommands live in recordbook/, which is imported only when it is needed.
+Order of this file: statistics, log parsing, arms and their checks, report, command line. The findings,
+the verdict, the plot and the subcommands live in recordbook/, which is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -1203,89 +1203,7 @@ def verdict_json(verdict) -> dict:
     return plain(kept | {"line": verdict.line, "p": verdict.p})
 
 
-# 5. plot ----------------------------------------------------------------------------------------------------
-
-
-def mean_curve(runs: list[Run], use_time: bool) -> tuple[list[float], list[float]]:
-    """Mean loss at each validation step that every run reached, against the mean time or the step."""
-    by_step = defaultdict(list)
-    for run in runs:
-        for point in run.val:
-            if point.seconds is not None or not use_time:
-                by_step[point.step].append(point)
-    shared = [(step, found) for step, found in sorted(by_step.items()) if len(found) == len(runs)]
-    xs = [mean([p.seconds for p in found]) if use_time else step for step, found in shared]
-    return xs, [mean([p.loss for p in found]) for _, found in shared]
-
-
-def draw_panel(axes, arms: list[Arm], target: float | None, use_time: bool) -> None:
-    """One panel: runs thin (dotted if not counted), the mean of each arm thick, the target dashed."""
-    floor, ceiling, right = math.inf, 0.0, 0.0
-    for i, arm in enumerate(arms):
-        colour = f"C{i}"
-        for run in arm.attempts:
-            kept = [p for p in run.val if math.isfinite(p.loss) and (not use_time or p.seconds is not None)]
-            xs = [p.seconds if use_time else p.step for p in kept]
-            axes.plot(
-                xs, [p.loss for p in kept], color=colour, lw=0.6, alpha=0.5, ls="-" if run.complete else ":"
-            )
-            floor = min([floor, *(p.loss for p in kept)])
-            right = max([right, *xs])
-            ceiling = max([ceiling, *(p.loss for p, x in zip(kept, xs, strict=True) if x >= 0.1 * max(xs))])
-        if not use_time or values(arm, "seconds"):
-            label = f"{arm.name} (mean of n = {len(arm.counted)})"
-            xs, ys = mean_curve(arm.counted, use_time)
-            axes.plot(xs, ys, color=colour, lw=2, marker="o" if len(xs) < 25 else None, ms=3.5, label=label)
-    if target is not None:
-        axes.axhline(target, color="black", lw=1, ls="--", label=f"target {target:g}")
-        floor, ceiling = min(floor, target), max(ceiling, target)
-    if ceiling > floor:  # the first tenth of the run, with its large drop, is cut off
-        axes.set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.04 * (ceiling - floor))
-    axes.set_xlim(0, right * 1.02 or 1)
-    axes.set_xlabel("training time (s)" if use_time else "training step")
-    axes.grid(alpha=0.3)
-
-
-def draw_ends(axes, arms: list[Arm], target: float | None) -> None:
-    """The last validation of every counted run, magnified until the arms stand apart; crosses are means."""
-    for i, arm in enumerate(arms):
-        if times := values(arm, "seconds"):
-            losses = values(arm, "loss")
-            axes.plot(times, losses, "o", color=f"C{i}", ms=4, alpha=0.6, mew=0)
-            axes.plot([mean(times)], [mean(losses)], "x", color=f"C{i}", ms=9, mew=2)
-    if target is not None:
-        axes.axhline(target, color="black", lw=1, ls="--")
-    axes.margins(0.1)
-    axes.ticklabel_format(useOffset=False)
-    axes.locator_params(axis="x", nbins=4)
-    axes.set_title("last validation of each run", fontsize=9)
-    axes.set_xlabel("training time (s)")
-    axes.grid(alpha=0.3)
-
-
-def save_plot(arms: list[Arm], target: float | None, path: str) -> None:
-    """Validation loss against time and against steps, and the ends magnified. Needs no display."""
-    from matplotlib.figure import Figure
-
-    timed = [arm for arm in arms if values(arm, "seconds")]
-    figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
-    by_time, by_step, ends = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-    by_time.sharey(by_step)
-    draw_panel(by_step, arms, target, use_time=False)
-    if timed:
-        draw_panel(by_time, arms, target, use_time=True)
-        draw_ends(ends, arms, target)
-    else:
-        by_time.set_axis_off()
-        ends.set_axis_off()
-    if len(timed) < len(arms):
-        by_time.set_title("logs without times are only in the middle panel", fontsize=9)
-    (by_time if timed else by_step).set_ylabel("validation loss")
-    by_step.legend(fontsize=8)
-    replace_file(path, lambda temporary: figure.savefig(temporary))
-
-
-# 6. command line --------------------------------------------------------------------------------------------
+# 5. command line --------------------------------------------------------------------------------------------
 
 
 def replace_file(path: str, write) -> None:
@@ -1302,6 +1220,19 @@ def replace_file(path: str, write) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save_plot(arms: list[Arm], target: float | None, path: str) -> None:
+    """Draw the comparison to a file."""
+    try:
+        from recordbook.plots import figure_of
+
+        figure = figure_of(arms, target)
+    except ModuleNotFoundError as error:
+        lacking = "recordbook/ beside compare_runs.py"
+        need = f"pip install {error.name}" if error.name == "matplotlib" else lacking
+        raise InputError(f"--plot: {error.name} is missing; it needs {need}") from None
+    replace_file(path, lambda temporary: figure.savefig(temporary))
 
 
 def check_output(path: str | None, option: str, suffixes: tuple[str, ...], arms: list[Arm]) -> None:
