@@ -1290,6 +1290,7 @@ verdict:
 subcommands:
   compare_runs.py accept SERIES ...     judge a series of run.sh and write its record if a track accepts it
   compare_runs.py verify [RECORD ...]   recompute records from their logs
+  compare_runs.py report [--out FILE]   one HTML page of the record book
   compare_runs.py diff A B              what changed between the sources of two logs
   compare_runs.py replay LOG FOLDER     write the sources of a log into a folder, ready to run
   compare_runs.py plan ...              how many runs a claim needs
@@ -1514,7 +1515,7 @@ def compare(argv: list[str] | None) -> tuple[str, int]:
 
 
 def subcommand(argv: list[str]) -> tuple[str, int] | None:
-    """(text, exit code) of accept, verify, diff, replay and plan; None if the first word is none of them."""
+    """(text, exit code) of a subcommand; None if the first word is none."""
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name == "accept":
         from recordbook import accept
@@ -1524,6 +1525,10 @@ def subcommand(argv: list[str]) -> tuple[str, int] | None:
         from recordbook import verify
 
         return verify.command(rest)
+    if name == "report":
+        from recordbook import report as page
+
+        return page.command(rest), 0
     if name in ("diff", "replay"):
         from recordbook import sources
 

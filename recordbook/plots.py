@@ -113,15 +113,6 @@ def measure_name(arms: Sequence[Arm]) -> str:
     return f"final {LOSS}" if arms[0].metric == "val_loss" else f"final {arms[0].metric}"
 
 
-def half_interval(found: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean by Student's t; 0 for equal values."""
-    try:
-        test = statistics.one_sample(found, 0.0)
-    except statistics.NoVariance:
-        return 0.0
-    return (test.high - test.low) / 2
-
-
 def draw_strip(
     axes: Axes,
     arms: Sequence[Arm],
@@ -139,7 +130,7 @@ def draw_strip(
         last = max(len(found) - 1, 1)
         rows = [place + 0.34 * (2 * i / last - 1) for i in range(len(found))]
         axes.plot(found, rows, **look(place), ls="", ms=4.5, alpha=0.7, mew=0, zorder=3)
-        centre, half = mean(found), half_interval(found)
+        centre, half = mean(found), statistics.half_interval(found)
         axes.errorbar(centre, place, xerr=half, color="black", capsize=5, lw=1.6, marker="|", ms=16, mew=1.6)
         digits = 3 if key == "seconds" else 4
         labels.append(f"{name}\n{centre:.{digits}f} ± {half:.{digits}f}, n = {len(found)}")

@@ -192,6 +192,18 @@ def one_sample(
     return t_test("one-sample", alternative, (len(xs), 0), m - target, [(s**2 / len(xs), len(xs) - 1)], level)
 
 
+def half_interval(values: Sequence[float], level: float = 0.95) -> float:
+    """Half the width of the two-sided interval of the mean by Student's t; 0 for equal values.
+
+    Formula: t((1 + level) / 2; n - 1) s / sqrt(n). Errors: fewer than 2 values.
+    """
+    try:
+        test = one_sample(values, 0.0, level=level)
+    except NoVariance:
+        return 0.0
+    return (test.high - test.low) / 2
+
+
 def non_inferiority(new: Sequence[float], base: Sequence[float], margin: float, level: float = 0.95) -> TTest:
     """Welch's test of H1: mean(new) < mean(base) + margin; the margin (>= 0) is `null` of the result.
 

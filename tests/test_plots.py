@@ -3,11 +3,11 @@
 import itertools
 
 import pytest
-from test_compare_runs import our_log, write_arm
 
 import compare_runs as cr
 from recordbook import plots
 from recordbook.drift import drift
+from tests.test_compare_runs import our_log, write_arm
 
 TIMES = {"base": [1000, 1012, 1009, 1021], "new": [960, 958, 975, 981]}
 LOSSES = {"base": [3.271, 3.275, 3.272, 3.279], "new": [3.272, 3.274, 3.276, 3.27]}
@@ -123,7 +123,3 @@ def test_short_names_stay_apart():
 def test_arms_look_different():
     looks = [tuple(plots.look(i).values()) for i in range(42)]
     assert len(set(looks)) == 42
-
-
-def test_equal_values_have_no_interval():
-    assert plots.half_interval([3.0, 3.0, 3.0]) == 0.0
