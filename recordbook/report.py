@@ -299,7 +299,9 @@ def loss_curves(track: Track, record: Record, name: str) -> str:
     drawing = svg.chart(
         name, f"Loss curves of {printable(record.id)}", f"{len(curves)} runs, a line each.", frame, marks
     )
-    return figure(drawing, f"Loss against time, {safe(record.name)}, a line for each run: {legend(record, target)}.")
+    return figure(
+        drawing, f"Loss against time of {safe(record.name)}, a line a run: {legend(record, target)}."
+    )
 
 
 def final_values(track: Track, record: Record, name: str) -> str:
