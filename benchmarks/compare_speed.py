@@ -6,7 +6,8 @@
 compare:  comparing 2 x 20 logs of 4,000 lines takes at most 1.5 times as long as the bare import
 help:     --help takes at most half of it
 growth:   twice as many logs take at most 2.5 times as long, from 2,500 to 5,000 and from there to 10,000;
-          each arm is half of them, and what 20 logs take is taken off
+          each arm is half of them, what 20 logs take is taken off, and CPU seconds count, not those of the
+          wall: a quadratic cost shows in them too, and another program's load hardly does
 
 Every command is a process of its own. The commands of a bar take turns, so that a busy machine slows all of
 them, and one round before is not counted: it fills the file caches. A bar compares medians; the spread is
@@ -38,7 +39,7 @@ RULE = "=" * 100
 
 
 class Timing(NamedTuple):
-    """Wall seconds of one command, and the most memory that it held."""
+    """Seconds of one command, each time that it ran, and the most memory that it held."""
 
     seconds: list[float]
     peak_mib: float
@@ -76,8 +77,8 @@ def write_arms(folder: Path, logs: int, lines: int) -> list[str]:
     return [str(folder / "base"), str(folder / "new")]
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """(wall seconds, MiB at most) of a command; what it prints goes to the null device."""
+def timed(command: list[str], cpu: bool = False) -> tuple[float, float]:
+    """(seconds, MiB at most) of a command; what it prints goes to the null device."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     error = process.stderr.read()
@@ -85,14 +86,17 @@ def timed(command: list[str]) -> tuple[float, float]:
     seconds = time.perf_counter() - began
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{' '.join(command[:3])} ...: exit code {code}: {error.decode().strip()}")
+    seconds = usage.ru_utime + usage.ru_stime if cpu else seconds
     return seconds, usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def race(commands: dict[str, list[str]], repeats: int) -> dict[str, Timing]:
+def race(commands: dict[str, list[str]], repeats: int, cpu: bool = False) -> dict[str, Timing]:
     """Timings of the commands, which take turns; the first round is not counted. Prints a table."""
-    rounds = [{name: timed(command) for name, command in commands.items()} for _ in range(repeats + 1)][1:]
+    rounds = [{name: timed(command, cpu) for name, command in commands.items()} for _ in range(repeats + 1)][
+        1:
+    ]
     width, found = max(map(len, commands)), {}
-    print(f"{'':{width}}    n     min  median     max  peak MiB")
+    print(f"{'CPU s' if cpu else 'wall s':{width}}    n     min  median     max  peak MiB")
     for name in commands:
         times, peaks = zip(*(taken[name] for taken in rounds), strict=True)
         found[name] = Timing(list(times), max(peaks))
@@ -130,7 +134,7 @@ def growth(folder: Path, repeats: int) -> list[bool]:
         f"{size:6,} logs of {SHORT} lines": [*start, *write_arms(folder / str(size), size, SHORT)]
         for size in SIZES
     }
-    base, *found = [timing.median for timing in race(commands, repeats).values()]
+    base, *found = [timing.median for timing in race(commands, repeats, cpu=True).values()]
     net, met = [median - base for median in found], []
     for i, size in enumerate(SIZES[2:]):
         met.append(judged(f"{size:,} logs / {size // 2:,} logs", net[i + 1] / net[i], MOST_DOUBLING))
@@ -153,9 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         what = "the yardstick is its import beside that of scipy.stats; pip install pandas, or --only growth"
         print(f"compare_speed.py: pandas is not installed: {what}", file=sys.stderr)
         return 2
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.platform()}; wall seconds\n"
-    )
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.platform()}\n")
     with tempfile.TemporaryDirectory() as folder:
         met = against_imports(Path(folder), only, args.repeats) if only & {"compare", "help"} else []
         met += growth(Path(folder), max(1, args.repeats // 2)) if "growth" in only else []
