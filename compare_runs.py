@@ -1232,7 +1232,11 @@ def save_plot(arms: list[Arm], target: float | None, path: str) -> None:
         lacking = "recordbook/ beside compare_runs.py"
         need = f"pip install {error.name}" if error.name == "matplotlib" else lacking
         raise InputError(f"--plot: {error.name} is missing; it needs {need}") from None
-    replace_file(path, lambda temporary: figure.savefig(temporary))
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name's script that the font lacks
+        replace_file(path, lambda temporary: figure.savefig(temporary))
 
 
 def check_output(path: str | None, option: str, suffixes: tuple[str, ...], arms: list[Arm]) -> None:

@@ -136,7 +136,7 @@ def draw_strip(
         labels.append(f"{name}\n{centre:.{digits}f} ± {half:.{digits}f}, n = {len(found)}")
     if target is not None:
         axes.axvline(target, **TARGET_LINE)
-    axes.set_yticks(range(len(arms)), labels, fontsize=8)
+    axes.set_yticks(range(len(arms)), labels, fontsize=8, parse_math=False)
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.set_xlabel(title)
     axes.set_title("a point a run, first run on top; black: mean and 95 % interval", fontsize=9)
@@ -209,8 +209,12 @@ def figure_of(arms: Sequence[Arm], target: float | None) -> Figure:
         draw[name](axes)
         if name == "time" and len(timed) < len(arms):
             axes.set_title("logs without times are only in the panels without time", fontsize=9)
-    entries = [Line2D([], [], **look(i), label=name) for i, name in enumerate(names)]
+    entries = [Line2D([], [], **look(i), label="arm") for i in range(len(names))]
     if target is not None:
         entries.append(Line2D([], [], **TARGET_LINE, label=f"target {target:g}"))
-    figure.legend(handles=entries, loc="outside upper center", ncols=min(4, len(entries)), frameon=False)
+    legend = figure.legend(
+        handles=entries, loc="outside upper center", ncols=min(4, len(entries)), frameon=False
+    )
+    for text, name in zip(legend.get_texts(), names, strict=False):
+        text.set(text=name, parse_math=False)  # as a label, _name would be left out and $name$ be a formula
     return figure

@@ -112,6 +112,17 @@ def test_the_legend_covers_nothing(arms):
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in [legend, *tight])
 
 
+@pytest.mark.parametrize("name", ["_hidden", "$x_$y$", "a\\b^", "\u8a13\u7df4"])
+def test_names_are_shown_as_they_are(tmp_path, capsys, recwarn, name):
+    folder, path = write_arm(tmp_path / name, [3.2, 3.3], [1000, 1010]), tmp_path / "plot.svg"
+    figure = plots.figure_of([cr.Arm("", name, cr.load_arm(str(folder)).runs, set())], 3.28)
+    assert figure.legends[0].get_texts()[0].get_text() == name
+    assert cr.main([str(folder), "--plot", str(path)]) == 0
+    assert path.stat().st_size > 5000
+    assert capsys.readouterr().err == ""
+    assert not recwarn.list
+
+
 def test_short_names_stay_apart():
     long = ["x" * 40 + "a" + "y" * 40, "x" * 40 + "b" + "y" * 40, "short", "short" * 10]
     found = plots.shortened(long)
