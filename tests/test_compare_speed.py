@@ -30,15 +30,31 @@ def test_the_logs_are_complete_runs():
     assert run.loss == pytest.approx(3.27, abs=1e-4)
 
 
-def test_growth_is_measured_and_judged(monkeypatch, tmp_path, capsys):
-    """At toy sizes no bar means anything, but each is timed, printed and decides the exit code."""
-    monkeypatch.setattr(bench, "SIZES", (4, 6, 8, 10))
-    for most, code, word in ((1e9, 0, "pass"), (-1e9, 1, "FAIL")):
-        monkeypatch.setattr(bench, "MOST_DOUBLING", most)
-        assert bench.main(["--only", "growth", "--repeats", "1"]) == code
-        out = capsys.readouterr().out
-        assert out.count(f"{word}: ") == 2
-        assert [line.split()[0] for line in out.splitlines() if " lines  " in line] == ["4", "6", "8", "10"]
+WORK = """
+import os, sys
+logs = sum(len(os.listdir(folder)) for folder in sys.argv[1:])
+for _ in range(60_000 * {units}): pass
+"""
+
+
+@pytest.mark.parametrize(("units", "code", "word"), [("logs", 0, "pass"), ("(logs * logs // 80)", 1, "FAIL")])
+def test_a_linear_cost_passes_and_a_quadratic_one_fails(monkeypatch, tmp_path, capsys, units, code, word):
+    """A program of known cost in the place of compare_runs.py."""
+    script = tmp_path / "work.py"
+    script.write_text(WORK.format(units=units))
+    monkeypatch.setattr(bench, "SCRIPT", script)
+    monkeypatch.setattr(bench, "SIZES", (4, 40, 80, 160))
+    assert bench.main(["--only", "growth", "--repeats", "1"]) == code
+    out = capsys.readouterr().out
+    assert out.count(f"{word}: ") == 2
+    assert [line.split()[0] for line in out.splitlines() if " lines  " in line] == ["4", "40", "80", "160"]
+
+
+def test_the_real_program_reads_the_logs(tmp_path):
+    arms = bench.write_arms(tmp_path, 4, 30)
+    seconds, mib = bench.timed([sys.executable, str(bench.SCRIPT), *arms])
+    assert 0 < seconds < 60
+    assert 10 < mib < 1000
 
 
 def test_the_yardstick_may_be_missing(monkeypatch, capsys):
