@@ -47,9 +47,9 @@ def widened(found: Iterable[float], share: float = 0.06) -> Pair:
 
 
 def axis_of(label: str, found: Iterable[float], from_zero: bool = False) -> Axis:
-    """The axis of these values."""
-    low, high = widened(found)
-    low = 0.0 if from_zero else low
+    """The axis of these values; from zero if none is below it."""
+    low, high = widened(found := list(found))
+    low = 0.0 if from_zero and min(found) >= 0 else low
     return Axis(label, low, high, round_ticks(low, high))
 
 

@@ -362,6 +362,9 @@ def test_equal_values_have_a_range():
     assert axis.low < 3.28 < axis.high
     assert axis.ticks
     assert svg.axis_of("zero", [0.0]).low < 0
+    assert svg.axis_of("from zero", [0.0, 0.0], from_zero=True).ticks
+    assert svg.axis_of("from zero", [7.0, 9.0], from_zero=True).low == 0
+    assert svg.axis_of("below zero", [-5.0], from_zero=True).low < -5
 
 
 def test_the_history_breaks_where_times_cannot_be_compared(book, second):
