@@ -50,8 +50,10 @@ def check_claim(claim: str | None, track: Track, earlier: Sequence[Record]) -> s
     return claim
 
 
-def check_new(judged: Judged, earlier: Sequence[Record]) -> None:
-    """Refuse runs that an accepted record already rests on."""
+def check_new(judged: Judged, name: str, earlier: Sequence[Record]) -> None:
+    """Refuse a name that a record has, and runs that a record already rests on."""
+    if taken := [record.id for record in earlier if record.name == name]:
+        raise InputError(f"--name: record {taken[0]} has that name; choose another")
     digests = {run.digest: run.name for run in judged.arms[-1].runs}
     for record in earlier:
         if used := [digests[run["sha256"]] for run in record.own.runs if run["sha256"] in digests]:
@@ -85,7 +87,7 @@ def propose(proposal: Proposal) -> tuple[list[str], int]:
     earlier = records_of(track.name, proposal.records)
     files = evidence.of_series(proposal.series)
     judged = judge(files, proposal.series, track, claim)
-    check_new(judged, earlier)
+    check_new(judged, proposal.name, earlier)
     lines = shown(judged, track, claim)
     if judged.verdict.outcome != verdict.ACCEPT:
         return [*lines, "Nothing was written."], 1 if judged.verdict.outcome == verdict.REJECT else 4
@@ -102,8 +104,6 @@ def propose(proposal: Proposal) -> tuple[list[str], int]:
 
 def build(target: Path, files: dict[str, bytes], track: Track, earlier: Sequence[Record]) -> None:
     """Write a record's folder under a temporary name, verify it there, and rename it."""
-    if taken := [record.id for record in earlier if target.name.endswith(f"_{record.name}")]:
-        raise InputError(f"--name: record {taken[0]} has that name; choose another")
     temporary = target.parent / f".{os.getpid()}.tmp"
     folder = temporary / target.name
     try:

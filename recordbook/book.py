@@ -80,13 +80,7 @@ GAIN = {
     "test": str,
 }
 # The newest record when this one was accepted; `comparable`: '' if the times can be compared, else why not.
-PREVIOUS = {
-    "record": str,
-    "time_mean": NUMBER,
-    "loss_mean": NUMBER,
-    "comparable": str,
-    "is_baseline_arm": bool,
-}
+PREVIOUS = {"record": str, "time_mean": NUMBER, "loss_mean": NUMBER, "comparable": str}
 SHAPE = {
     "format": str,
     "track": str,

@@ -82,11 +82,7 @@ def beside_previous(content: dict) -> list[str]:
         lines.append(
             f"Both are from the same machine and data, not from the same hour; this time is {lower}."
         )
-    if content["claim"] != BASELINE:
-        same = before["is_baseline_arm"]
-        said = "has the source of that record" if same else "is another source than that record's"
-        lines.append(f"The baseline arm {said}.")
-    return lines
+    return [*lines, "The baseline arm ran that record's program."]
 
 
 CLAIMED = {

@@ -185,9 +185,15 @@ def gain_of(judged: Judged, track: Track) -> dict | None:
 
 
 def previous_of(newest: Record | None, machine: dict, base_source: str | None) -> dict | None:
-    """How a record stands beside the newest one of its track (PREVIOUS)."""
+    """How a record stands beside the newest one of its track (PREVIOUS).
+
+    InputError if its baseline arm ran another program: over a slow one a gain would be easy.
+    """
     if newest is None:
         return None
+    if base_source != newest.own.source:
+        what = f"arm A ran {str(base_source)[:12]}, record {newest.id} is of {newest.own.source[:12]}"
+        raise InputError(f"{what}; run the newest record's program as the baseline: {newest.folder}")
     differ = [
         word
         for key, word in (("id", "another machine"), ("data", "other data"))
@@ -199,7 +205,6 @@ def previous_of(newest: Record | None, machine: dict, base_source: str | None) -
         "time_mean": stats["time_mean"],
         "loss_mean": stats["loss_mean"],
         "comparable": " and ".join(differ),
-        "is_baseline_arm": base_source == newest.own.source,
     }
 
 

@@ -129,26 +129,34 @@ def oriented(arm: Arm, track: Track) -> list[float]:
     return [sign * run.metrics[track.metric] for run in arm.counted]
 
 
-def paired_runs(base: Arm, candidate: Arm) -> list[tuple[Run, Run]]:
-    """(new, base) of runs that ran one after the other; ValueError says why there are no pairs.
+NO_PAIRS = "the runs are not interleaved in pairs: {} lack a partner of the other arm"
 
-    A failed run has its place in a pair; an interrupted one was made again, so it has none.
+
+def paired_runs(base: Arm, candidate: Arm) -> list[tuple[Run, Run]]:
+    """(new, base) of runs that ran one after the other on the same GPUs; ValueError says why there are none.
+
+    A failed run has its place in a pair; an interrupted one was made again, so it has none. Series of several
+    lanes have pairs on several sets of GPUs at once.
     """
     runs, _ = run_order([base, candidate], all_attempts=True)
     if not runs:
         raise ValueError("the order of the runs is unknown")
     ended = endings([base, candidate], [run for _, run in runs if not run.complete])
     runs = [(arm, run) for arm, run in runs if ended.get(run.path) != "interrupted"]
-    kept = []
-    for i in range(0, len(runs), 2):
-        two = {arm is candidate: run for arm, run in runs[i : i + 2]}
-        if len(two) < 2:
-            alone = ", ".join(run.name for _, run in runs[i : i + 2])
-            raise ValueError(
-                f"the runs are not interleaved in pairs: {alone} lack a partner of the other arm"
-            )
-        if two[True].complete and two[False].complete:
-            kept.append((two[True], two[False]))
+    places = {run.head["uuids"] for _, run in runs if "uuids" in run.head}
+    kept, begun = [], {}
+    for arm, run in runs:
+        place = run.head.get("uuids") if len(places) > 1 else None
+        if place not in begun:
+            begun[place] = arm, run
+            continue
+        other, before = begun.pop(place)
+        if other is arm:
+            raise ValueError(NO_PAIRS.format(f"{before.name}, {run.name}"))
+        if run.complete and before.complete:
+            kept.append((run, before) if arm is candidate else (before, run))
+    if begun:
+        raise ValueError(NO_PAIRS.format(", ".join(run.name for _, run in begun.values())))
     return kept
 
 

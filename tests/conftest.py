@@ -129,14 +129,16 @@ LOSSES = (4.101, 4.103, 4.099, 4.102, 4.1, 4.104, 4.098, 4.1015)
 SOURCES = {"A": "print('a')\nlr = 1\n", "B": "print('b')\nlr = 1\n"}
 
 
-def series_plan(folder: Path, kind: str, n: int, most: int | None, started: str, host: str) -> dict:
+def series_plan(
+    folder: Path, kind: str, n: int, most: int | None, started: str, host: str, sources: dict
+) -> dict:
     """A plan of n runs, or of at most `most`, ended early."""
     from recordbook import runs
 
     rule = "open" if kind == "series" else "until-decided" if most else "fixed"
     plan = {"format": runs.PLAN_FORMAT, "kind": kind, "made": f"{started}T09:00:00+0000", "arms": []}
     for letter in "A" if kind == "series" else "AB":
-        files = {"train_gpt.py": hashlib.sha256(SOURCES[letter].encode()).hexdigest()}
+        files = {"train_gpt.py": hashlib.sha256(sources[letter].encode()).hexdigest()}
         source = runs.source_of(files)
         name = folder.name if kind == "series" else f"{letter}-train_gpt-{source[:8]}"
         plan["arms"].append({"arm": letter, "name": name, "source": source, "files": files})
@@ -146,16 +148,16 @@ def series_plan(folder: Path, kind: str, n: int, most: int | None, started: str,
     return plan | {"machine": [host]}
 
 
-def series_run(folder: Path, which: dict, seconds: float | None, loss: float, clock: str, meta: dict) -> dict:
+def series_run(
+    folder: Path, which: dict, seconds: float | None, loss: float, clock: str, meta: dict, source: str
+) -> dict:
     """Write the log of one attempt; returns the `end` event."""
     from tests.test_compare_runs import our_log
 
     facts = {"gpu_0": None, "cpu": "Test CPU", "driver": None, "target": "4.15"}
     facts |= {"started": f"{clock}:00+0000"} | {"run_id": f"{folder.name}-{which['log']}"} | meta
     status, stop = ("done", None) if seconds else ("diverged at step 12: nan", 12)
-    text = our_log(
-        loss, round(1000 * (seconds or 2)), which["seed"], status, SOURCES[which["arm"]], stop=stop, **facts
-    )
+    text = our_log(loss, round(1000 * (seconds or 2)), which["seed"], status, source, stop=stop, **facts)
     log = folder / which["log"]
     log.parent.mkdir(exist_ok=True)
     log.write_text(text)
@@ -175,13 +177,14 @@ def write_series(
     extend: int = 0,  # runs that a series of one trainer got later
     started: str = DAY,
     host: str = "node1",
+    sources: dict = SOURCES,
     **meta: str,  # header lines of every log
 ) -> Path:
     """A finished series of track `tiny`, by the runner's own plan and ledger, but without a trainer."""
     from recordbook import runs
 
     folder.mkdir(parents=True)
-    plan, times = series_plan(folder, kind, n, most, started, host), TIMES | (times or {})
+    plan, times = series_plan(folder, kind, n, most, started, host, sources), TIMES | (times or {})
     meta["host"] = host
     runs.write_plan(folder, plan)
     ledger, arms = runs.Ledger(folder), {arm["arm"]: arm for arm in plan["arms"]}
@@ -195,7 +198,8 @@ def write_series(
         which |= {"log": f"{place}run-{seed:03d}.txt", "source": arms[letter]["source"]}
         ledger.append("start", **which, started=f"{clock}:00+0000", **bound)
         loss = (losses or {}).get(letter, LOSSES)[seed - 1]
-        ledger.append("end", **series_run(folder, which, times[letter][seed - 1], loss, clock, meta))
+        run = series_run(folder, which, times[letter][seed - 1], loss, clock, meta, sources[letter])
+        ledger.append("end", **run)
     if most:
         ledger.append("decision", after=n, decided="faster", time=f"{started}T12:00:00+0000")
     ledger.file.close()

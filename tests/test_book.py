@@ -157,7 +157,6 @@ def test_a_result_has_what_a_page_needs(finished):
     assert curves[6]["points"][-1] == [30, 2.0, 4.101]
     assert [point[0] for point in curves[6]["points"]] == [0, 10, 20, 30]
     assert faster.content["previous"]["record"] == FIRST
-    assert faster.content["previous"]["is_baseline_arm"] is True
     assert faster.content["tests"]["time_paired"]["test"]["p"] == faster.gain["p"]
 
 
@@ -190,16 +189,24 @@ def test_a_first_record_claims_no_gain(finished, capsys):
     assert out == [f"tiny/{FIRST}: ok", f"tiny/{FASTER}: ok", "tiny: table and plot ok"]
 
 
-def test_other_machines_and_sources_are_told(records, series):
+def test_other_machines_are_told_and_the_newest_record_is_the_baseline(records, series, capsys):
     """A time of another host is not compared with the record's."""
-    made = series("ml", losses={"B": [x - 0.001 for x in LOSSES]}, started="2026-03-09")
+    b, c = conftest.SOURCES["B"], "x = 'third'\n"
+    made = series(
+        "ml", losses={"B": [x - 0.001 for x in LOSSES]}, started="2026-03-09", sources={"A": b, "B": c}
+    )
     assert accept(records, made, "ml-claim", "ml") == 0
     text = (records / "tiny" / "2026-03-09_ml-claim" / "README.md").read_text()
     assert f"The newest record of the track was {FASTER}: 2.0050 s, val\\_loss 4.1015." in text
     assert "Both are from the same machine and data" in text
-    assert "The baseline arm is another source than that record's." in text
+    assert "The baseline arm ran that record's program." in text
     assert "pass: target: mean val\\_loss 4.1005" in text
-    made = series("far", started="2026-03-10", host="node2")
+    made = series("slow", started="2026-03-10", sources={"A": b, "B": c})
+    assert accept(records, made, "slow") == 2
+    assert (
+        f"arm A ran {book.read_record(records / 'tiny' / FASTER).own.source[:12]}" in capsys.readouterr().err
+    )
+    made = series("far", started="2026-03-10", host="node2", sources={"A": c, "B": "x = 'fourth'\n"})
     assert accept(records, made, "far") == 0
     text = (records / "tiny" / "2026-03-10_far" / "README.md").read_text()
     assert "cannot be compared, they are from another machine" in text
@@ -284,9 +291,9 @@ def test_a_series_on_gpus_with_lanes_and_a_warm_up(tmp_path, monkeypatch):
     def plan(*args) -> dict:
         return plain_plan(*args) | {"recipe": "sprint", "machine": machine, "gpus": 1, "lanes": 2}
 
-    def run(folder, which, seconds, loss, clock, meta) -> dict:
+    def run(folder, which, seconds, loss, clock, meta, source) -> dict:
         facts = {"gpu_0": f"NVIDIA H200 {machine[which['seed'] % 2]}", "cpu": None, "recipe": "sprint"}
-        end = plain_run(folder, which, seconds, loss, clock, meta | facts)
+        end = plain_run(folder, which, seconds, loss, clock, meta | facts, source)
         (folder / which["log"]).with_suffix(".gpu.json").write_text(json.dumps(state))
         return end | {"gpu": state}
 

@@ -167,6 +167,30 @@ def test_every_time_test(pair, capsys, test):
     assert cr.TIME_TESTS[test] in capsys.readouterr().out
 
 
+def test_pairs_of_several_lanes_are_those_of_one_gpu(tmp_path):
+    """Two GPUs of 950 and 1,050 ms at once; by start times alone, runs of different GPUs would be pairs."""
+    ms = {
+        (gpu, arm, i): 950 + 100 * gpu - 20 * (arm == "new") + i
+        for gpu in (0, 1)
+        for arm in ("base", "new")
+        for i in range(3)
+    }
+    for (gpu, arm, i), time in ms.items():
+        first = (arm == "new") == bool((gpu + i) % 2)  # which arm begins
+        started = f"2026-02-01T10:{4 * i + 2 * (not first):02d}:0{gpu}"
+        facts = {"gpu_0": f"NVIDIA H100 80GB HBM3 GPU-{gpu}", "started": started, "run_id": f"{arm}{gpu}{i}"}
+        (tmp_path / arm).mkdir(exist_ok=True)
+        text = our_log(3.27 + time / 1e6, time, seed=2 * i + gpu, source=f"{arm}\n", **facts)
+        (tmp_path / arm / f"{gpu}{i}.txt").write_text(text)
+    arms = [cr.load_arm(str(tmp_path / arm)) for arm in ("base", "new")]
+    new, base = vd.paired_times(*arms)
+    assert sorted(b - a for a, b in zip(base, new, strict=True)) == pytest.approx([-0.02] * 6)
+    (tmp_path / "new" / "02.txt").unlink()
+    arms[1] = cr.load_arm(str(tmp_path / "new"))
+    with pytest.raises(ValueError, match=r"not interleaved in pairs: 02\.txt lack a partner"):
+        vd.paired_times(*arms)
+
+
 def test_paired_test_needs_pairs(pair, capsys):
     args = pair(started="2026-02-03T10:00:00")
     assert cr.main([*args, "--claim", "systems", "--time-test", "paired"]) == 1
