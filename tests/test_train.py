@@ -767,6 +767,19 @@ def test_world_sizes_train_alike(program, baseline, world):
 
 
 @pytest.mark.slow
+def test_eight_ranks_train_as_one(program, nano):
+    """The world size that the benchmark is for, with three slots a rank."""
+    outcomes = []
+    for world in (1, 8):
+        argv, log = program(recipe=dataclasses.replace(nano, slots=24))
+        torchrun(world, argv)
+        outcomes.append(Outcome(0, log, "", ""))
+    assert_close(outcomes[1].losses, outcomes[0].losses)
+    assert [outcome.twin["meta"]["world_size"] for outcome in outcomes] == ["1", "8"]
+    assert [outcome.twin["meta"]["slots"] for outcome in outcomes] == ["24", "24"]
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_one_rank_resumes_on_two(program, baseline):
     argv, log = program("--resume", baseline.checkpoints[10])
     torchrun(2, argv)
