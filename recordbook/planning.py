@@ -5,6 +5,7 @@ Gains and sds are in one unit (seconds, or nats); input rules and errors as in s
 
 from __future__ import annotations
 
+import argparse
 import math
 
 from recordbook.statistics import LARGEST, number
@@ -91,3 +92,40 @@ def detectable_gain(n: int, sd: float, alpha: float = 0.01, power: float = 0.9, 
         middle = (low + high) / 2
         low, high = (low, middle) if power_at(arms, n, middle, 1.0, alpha) >= power else (middle, high)
     return high * sd
+
+
+def cost(runs: int, args: argparse.Namespace) -> str:
+    """GPU-minutes of so many runs in all, where a duration was given."""
+    if args.seconds_per_run is None:
+        return ""
+    minutes = runs * args.seconds_per_run / 60
+    what = f"{minutes:.0f} min"
+    return (
+        f", {what} on {args.gpus} GPU(s): {minutes * args.gpus:.0f} GPU-minutes" if args.gpus else f", {what}"
+    )
+
+
+def in_words(args: argparse.Namespace) -> str:
+    """How many runs a claim needs, for the arguments of `run.sh plan`."""
+    level = f"alpha {args.alpha:g}, power {args.power:g}, sd {args.sd:g}"
+    if args.gain is not None:
+        n = runs_needed_two_sample(args.gain, args.sd, args.alpha, args.power)
+        m = runs_needed_one_sample(args.gain, args.sd, args.alpha, args.power)
+        return "\n".join(
+            [
+                f"To show a gain of {args.gain:g} s ({level}):",
+                f"  {n} runs of each arm, if the sd is that of one arm's times (Welch){cost(2 * n, args)}",
+                f"  {m} pairs, if the sd is that of the difference within pairs (paired){cost(2 * m, args)}",
+                f"  bash run.sh aa TRAINER.py N measures both; then: bash run.sh ab A.py B.py {n}",
+            ]
+        )
+    one = runs_needed_one_sample(args.loss_margin, args.sd, args.alpha, args.power)
+    two = runs_needed_two_sample(args.loss_margin, args.sd, args.alpha, args.power)
+    return "\n".join(
+        [
+            f"For a loss margin of {args.loss_margin:g} ({level}):",
+            f"  {one} runs, to show a mean that far below the target{cost(one, args)}",
+            f"  {two} runs of each arm, to show that an equal loss is not worse than the baseline's by that"
+            f"{cost(2 * two, args)}",
+        ]
+    )

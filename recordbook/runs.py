@@ -8,7 +8,7 @@
 A series has a folder: `plan.json` with `plan.json.sha256` (what was decided, written before the first run),
 `ledger.jsonl` (a `start` and an `end` line for each attempt, failed and interrupted ones included), and a
 folder of logs for each arm. `compare_runs.py` reads the logs. Order of this file: plan, ledger, one run, what
-is measured, what is shown, the series, the noise floor, planning, command line.
+is measured, what is shown, the series, command line.
 """
 
 from __future__ import annotations
@@ -825,6 +825,18 @@ def go(series: Series) -> dict | None:
     return None
 
 
+def measure_noise(series: Series) -> None:
+    """What runs of one program as two arms say about this machine, to noise.json and the terminal."""
+    from recordbook import noise
+
+    counted = sorted((e for e in series.ledger.ends("run") if e["counted"]), key=lambda e: e["attempt"])
+    runs = [run for e in counted if (run := series.result(e)) and run.complete and run.seconds is not None]
+    head = {"format": NOISE_FORMAT, "plan": digest_of((series.folder / PLAN).read_bytes())}
+    floor = head | noise.floor(pairs_of(series, series.plan["runs"]), runs, series.plan["alpha"])
+    write_atomically(series.folder / NOISE, json.dumps(floor, indent=1, allow_nan=False) + "\n")
+    print("\n" + noise.in_words(floor), flush=True)
+
+
 def run_series(args: argparse.Namespace) -> int:
     """A series from its arguments to its table; the exit code."""
     place, lanes = settle(args)
@@ -861,166 +873,11 @@ def run_series(args: argparse.Namespace) -> int:
     arms = [str(series.arm_folder(arm["arm"])) for arm in plan["arms"]]
     code = subprocess.run([sys.executable, str(PROJECT / "compare_runs.py"), *arms]).returncode
     if plan["kind"] == "aa" and code == 0:
-        floor = noise_floor(series)
-        write_atomically(series.folder / NOISE, json.dumps(floor, indent=1, allow_nan=False) + "\n")
-        print("\n" + noise_text(floor), flush=True)
+        measure_noise(series)
     return code
 
 
-# 7. the noise floor ---------------------------------------------------------------------------------------
-
-
-def false_accepts(base: list[float], new: list[float], alpha: float) -> dict:
-    """How often equal arms pass as 'faster': the labels of each pair exchanged in all ways (or 16,384).
-
-    Of the paired t-test and Welch's test after all pairs, and of the always-valid p after each pair.
-    """
-    import numpy as np
-    from scipy.special import stdtr
-
-    from recordbook.statistics import log_t_evidence
-
-    n, gaps, middle = len(new), np.subtract(new, base), np.add(new, base) / 2
-    ways = 2**n if n <= 14 else 2**14
-    if n <= 14:
-        signs = 1 - 2 * ((np.arange(ways)[:, None] >> np.arange(n)) & 1)
-    else:
-        signs = 1 - 2 * np.random.default_rng(0).integers(0, 2, (ways, n))
-    d = signs * gaps
-
-    def t_of(centre, variance):
-        return np.divide(centre, np.sqrt(variance), out=np.zeros_like(centre), where=variance > 0)
-
-    paired_t = t_of(d.mean(axis=1), d.var(axis=1, ddof=1) / n)
-    b, a = middle + d / 2, middle - d / 2
-    vb, va = b.var(axis=1, ddof=1) / n, a.var(axis=1, ddof=1) / n
-    df = np.divide((va + vb) ** 2, (va**2 + vb**2) / (n - 1), out=np.ones_like(va), where=va + vb > 0)
-    k = np.arange(2, n + 1)
-    sums, squares = d.cumsum(axis=1)[:, 1:], (d * d).cumsum(axis=1)[:, 1:]
-    after = t_of(-sums / k, np.maximum(squares - sums**2 / k, 0) / (k - 1) / k)
-    return {
-        "patterns": ways,
-        "exact": n <= 14,
-        "paired": float((stdtr(n - 1, paired_t) < alpha).mean()),
-        "welch": float((stdtr(df, t_of(d.mean(axis=1), va + vb)) < alpha).mean()),
-        "always_valid": float((log_t_evidence(after, k) >= -math.log(alpha)).any(axis=1).mean()),
-    }
-
-
-def noise_floor(series: Series, power: float = 0.9) -> dict:
-    """What the runs of one program as two arms say about this machine."""
-    from recordbook.drift import drift
-    from recordbook.planning import detectable_gain
-    from recordbook.statistics import mean_sd, one_sample
-
-    alpha, pairs = series.plan["alpha"], pairs_of(series, series.plan["runs"])
-    new, base = pairs.both("seconds")
-    counted = sorted((e for e in series.ledger.ends("run") if e["counted"]), key=lambda e: e["attempt"])
-    runs = [run for e in counted if (run := series.result(e)) and run.complete and run.seconds is not None]
-    times, losses = [run.seconds for run in runs], [run.loss for run in runs]
-    if len(new) < 2:
-        raise InputError(f"{len(new)} pair(s) of complete runs, the noise floor needs 2; see the logs")
-    gaps = [b - a for b, a in zip(new, base, strict=True)]
-    loss_gaps = [b - a for b, a in zip(*pairs.both("loss"), strict=True)]
-    sd_run, sd_pair = mean_sd(times)[1], mean_sd(gaps, max(times))[1]
-    found = {"format": NOISE_FORMAT, "plan": digest_of((series.folder / PLAN).read_bytes())}
-    found |= {"pairs": len(new), "runs": len(times), "alpha": alpha, "power": power}
-    found |= {"time_mean_s": mean_sd(times)[0], "time_sd_s": sd_run, "pair_sd_s": sd_pair}
-    found |= {"loss_sd": mean_sd(losses)[1], "loss_pair_sd": mean_sd(loss_gaps, max(losses))[1]}
-    found["first_run_extra_s"] = times[0] - math.fsum(times[1:]) / (len(times) - 1)
-    if sd_pair > 0:
-        test = one_sample(gaps, 0.0, "two-sided")
-        found["difference_s"] = {"mean": test.difference, "low": test.low, "high": test.high, "p": test.p}
-        found["detectable_paired_s"] = detectable_gain(len(new), sd_pair, alpha, power, arms=1)
-    if sd_run > 0:
-        found["detectable_welch_s"] = detectable_gain(len(new), sd_run, alpha, power, arms=2)
-    if len(times) > 2:
-        trend = drift(times)
-        slope = {"s_per_run": trend.slope, "low": trend.low, "high": trend.high}
-        found["drift"] = slope | {"spearman": trend.rho, "p": trend.p}
-    found["false_accepts"] = false_accepts(base, new, alpha)
-    return found
-
-
-def noise_text(found: dict) -> str:
-    """The noise floor in words."""
-    mean, n = found["time_mean_s"], found["pairs"]
-
-    def seconds(x: float) -> str:
-        return f"{x:.4g} s ({x / mean:.3%})"
-
-    lines = [f"Noise floor of this machine: {found['runs']} runs of one program, {n} pairs (A/A)"]
-    lines.append(f"  time {mean:.4f} s, sd of one run {seconds(found['time_sd_s'])}")
-    lines.append(f"  sd of the difference within a pair {seconds(found['pair_sd_s'])}")
-    if gap := found.get("difference_s"):
-        span = f"{gap['low']:.4g} to {gap['high']:.4g}"
-        lines.append(f"  B - A {gap['mean']:.4g} s, 95 % interval {span}, p {gap['p']:.3g} (0 is the truth)")
-    if trend := found.get("drift"):
-        span = f"{trend['low']:.3g} to {trend['high']:.3g}"
-        by = f"  drift by order {trend['s_per_run']:+.3g} s a run (95 % {span}), Spearman"
-        lines.append(f"{by} {trend['spearman']:+.2f}, p {trend['p']:.3g}")
-    lines.append(f"  first run against the others {found['first_run_extra_s']:+.4g} s")
-    sds = f"{found['loss_sd']:.4g}, within a pair (same seed) {found['loss_pair_sd']:.4g}"
-    lines.append(f"  sd of the loss {sds}")
-    for name, how in (("paired", "paired t-test"), ("welch", "Welch's test")):
-        if gain := found.get(f"detectable_{name}_s"):
-            chance = f"with probability {found['power']:g} at alpha {found['alpha']:g}"
-            lines.append(f"  smallest gain that {n} pairs show {chance}, {how}: {seconds(gain)}")
-    rates = found["false_accepts"]
-    ways = f"{'all' if rates['exact'] else 'drawn'} {rates['patterns']} exchanges of labels within pairs"
-    lines.append(f"  accepted as faster at alpha {found['alpha']:g}, {ways}:")
-    shown = {
-        "paired": "paired t-test",
-        "welch": "Welch's test",
-        "always_valid": "always-valid p, after each pair",
-    }
-    lines += [f"    {name}: {rates[key]:.2%}" for key, name in shown.items()]
-    return "\n".join(lines)
-
-
-# 8. planning ----------------------------------------------------------------------------------------------
-
-
-def cost(runs: int, args: argparse.Namespace) -> str:
-    """GPU-minutes of so many runs in all, where a duration was given."""
-    if args.seconds_per_run is None:
-        return ""
-    minutes = runs * args.seconds_per_run / 60
-    what = f"{minutes:.0f} min"
-    return (
-        f", {what} on {args.gpus} GPU(s): {minutes * args.gpus:.0f} GPU-minutes" if args.gpus else f", {what}"
-    )
-
-
-def planning(args: argparse.Namespace) -> str:
-    """How many runs a claim needs."""
-    from recordbook.planning import runs_needed_one_sample, runs_needed_two_sample
-
-    level = f"alpha {args.alpha:g}, power {args.power:g}, sd {args.sd:g}"
-    if args.gain is not None:
-        n = runs_needed_two_sample(args.gain, args.sd, args.alpha, args.power)
-        m = runs_needed_one_sample(args.gain, args.sd, args.alpha, args.power)
-        return "\n".join(
-            [
-                f"To show a gain of {args.gain:g} s ({level}):",
-                f"  {n} runs of each arm, if the sd is that of one arm's times (Welch){cost(2 * n, args)}",
-                f"  {m} pairs, if the sd is that of the difference within pairs (paired){cost(2 * m, args)}",
-                f"  bash run.sh aa TRAINER.py N measures both; then: bash run.sh ab A.py B.py {n}",
-            ]
-        )
-    one = runs_needed_one_sample(args.loss_margin, args.sd, args.alpha, args.power)
-    two = runs_needed_two_sample(args.loss_margin, args.sd, args.alpha, args.power)
-    return "\n".join(
-        [
-            f"For a loss margin of {args.loss_margin:g} ({level}):",
-            f"  {one} runs, to show a mean that far below the target{cost(one, args)}",
-            f"  {two} runs of each arm, to show that an equal loss is not worse than the baseline's by that"
-            f"{cost(2 * two, args)}",
-        ]
-    )
-
-
-# 9. command line ------------------------------------------------------------------------------------------
+# 7. command line ------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1191,7 +1048,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if only_check:
             return 0
         if args.kind == "plan":
-            print(planning(args))
+            from recordbook.planning import in_words
+
+            print(in_words(args))
             return 0
         return run_series(args)
     except (ValueError, OSError) as error:  # InputError, and what statistics.py refuses

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from recordbook import gpu, runs
+from recordbook import gpu, noise, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 # `<stem>.json` beside the trainer: {"times": seconds by seed, "ends": how its attempts end, in turn}.
@@ -413,12 +413,12 @@ def test_false_accepts_are_about_alpha_for_noise():
 
     rng = np.random.default_rng(1)
     base, new = rng.normal(2, 0.1, (2, 20)).tolist()
-    rates = runs.false_accepts(base, new, 0.05)
+    rates = noise.false_accepts(base, new, 0.05)
     assert not rates["exact"]
     assert rates["paired"] == pytest.approx(0.05, abs=0.015)
     assert rates["welch"] == pytest.approx(0.05, abs=0.025)
     assert rates["always_valid"] < 0.05
-    still = runs.false_accepts([2.0] * 4, [2.0] * 4, 0.05)
+    still = noise.false_accepts([2.0] * 4, [2.0] * 4, 0.05)
     assert (still["paired"], still["welch"], still["always_valid"]) == (0, 0, 0)
 
 
