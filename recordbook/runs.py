@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -85,19 +86,29 @@ def write_atomically(path: Path, text: str) -> None:
 # 1. plan --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def asked(trainer: str, digest: str) -> tuple[Path, ...]:
+    """The files that a trainer says it logs: `python TRAINER --sources` prints one path a line."""
+    done = subprocess.run([sys.executable, trainer, "--sources"], capture_output=True, text=True)
+    files = tuple(map(Path, done.stdout.splitlines())) if done.returncode == 0 else ()
+    if not files or not all(file.is_file() for file in files):
+        rule = f"a {KERNELS} beside it, or must print the files that it logs when started with --sources"
+        raise InputError(f"{printable(trainer)} needs {rule}; add one of the two")
+    return files
+
+
 def files_of(trainer: str) -> dict[str, str]:
-    """{file name: SHA-256} of a trainer and the kernels beside it."""
+    """{file name: SHA-256} of what a trainer logs: itself and the kernels beside it, or what it names."""
     path = Path(trainer)
     if not path.is_file():
         raise InputError(f"trainer {printable(trainer)} does not exist; name a Python file")
-    kernels = path.parent / KERNELS
-    if not kernels.is_file():
-        raise InputError(f"{printable(trainer)} needs a {KERNELS} beside it; copy it there")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(path.read_bytes(), trainer, "exec")
-        return {file.name: digest_of(file.read_bytes()) for file in (path, kernels)}
+        kernels = path.parent / KERNELS
+        files = (path, kernels) if kernels.is_file() else asked(trainer, digest_of(path.read_bytes()))
+        return {file.name: digest_of(file.read_bytes()) for file in files}
     except (SyntaxError, ValueError) as error:
         line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
         raise InputError(f"{printable(trainer)}{line}: is no Python ({error.args[0]}); correct it") from None
@@ -406,7 +417,7 @@ class Series:
         """One run with a log of its own, and its two lines in the ledger; returns the `end` line."""
         arm, folder = self.arm(letter), self.arm_folder(letter)
         if files_of(arm["trainer"]) != arm["files"]:
-            what = f"{printable(arm['trainer'])} (or its {KERNELS}) changed since the plan was made"
+            what = f"{printable(arm['trainer'])} or a file that it logs changed since the plan was made"
             raise InputError(f"{what}; restore it, or start a new series with --out FOLDER")
         stem = f"run-{seed:03d}"
         if role == "warm-up":

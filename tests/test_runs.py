@@ -299,8 +299,25 @@ def test_a_source_that_changes_during_the_series_ends_it(project):
     (project / "a.py").write_text("open('b.py', 'a').write('# edited\\n')\n" + TRAINER)
     result = run(project, "ab", "a.py", "b.py", "2")
     assert result.returncode == 2
-    assert "b.py (or its triton_kernels.py) changed since the plan was made" in result.stderr
+    assert "b.py or a file that it logs changed since the plan was made" in result.stderr
     assert order(project) == ["a:1"]
+
+
+def test_a_trainer_of_another_folder_names_what_it_logs(project):
+    """As golf/train_golf.py does: files of several folders, and no kernels beside it."""
+    says = "import sys\nif '--sources' in sys.argv:\n"
+    says += "    print(__file__, 'shared.py', sep='\\n')\n    sys.exit()\n"
+    (project / "golf").mkdir()
+    (project / "shared.py").write_text("1\n")
+    (project / "golf" / "c.py").write_text(says + TRAINER)
+    result = run(project, "ab", "a.py", "golf/c.py", "1", "--out", "logs/x")
+    assert result.returncode == 0, result.stderr
+    arm = json.loads((project / "logs" / "x" / "plan.json").read_text())["arms"][1]
+    assert sorted(arm["files"]) == ["c.py", "shared.py"]
+    assert arm["files"]["shared.py"] == hashlib.sha256(b"1\n").hexdigest()
+    (project / "shared.py").write_text("2\n")
+    again = run(project, "ab", "a.py", "golf/c.py", "1", "--out", "logs/x")
+    assert "arm B: shared.py was " in again.stderr
 
 
 @pytest.mark.parametrize("end", ["bad", "no log"])
