@@ -106,6 +106,7 @@ def shard_row(
     path: Path,
     token_bytes: np.ndarray,  # uint16 [vocab]
     progress: Callable[[int], object] = lambda count: None,  # told of bytes read
+    bos: int = vocab.GPT2_BOS,
 ) -> dict:
     """The manifest's entry of a shard: header and size checked, tokens, documents and bytes counted."""
     tokens = read_shard(path)
@@ -114,13 +115,13 @@ def shard_row(
         part = tokens[start : start + CHUNK_TOKENS]
         if part.max() >= len(token_bytes):
             raise UserError(
-                f"{path}: token {part.max()} is not one of GPT-2's {len(token_bytes):,}; remove it"
+                f"{path}: token {part.max()} is not one of the vocabulary's {len(token_bytes):,}; remove it"
             )
-        num_documents += int(np.count_nonzero(part == vocab.GPT2_BOS))
+        num_documents += int(np.count_nonzero(part == bos))
         num_bytes += int(token_bytes[part].sum(dtype=np.int64))
         progress(part.nbytes)
     if num_documents == 0:
-        raise UserError(f"{path}: no document begins in it (token {vocab.GPT2_BOS}); remove it")
+        raise UserError(f"{path}: no document begins in it (token {bos}); remove it")
     row = {"file": path.name, "tokens": len(tokens), "documents": num_documents, "bytes": num_bytes}
     return {**row, "sha256": sha256_file(path)}
 
@@ -215,17 +216,25 @@ def ask_hub(names: list[str], folder: Path) -> dict[str, str | None]:
     return {}
 
 
-def hub_error(what: str, folder: Path, error: Exception) -> UserError:
+def hub_error(what: str, folder: Path, error: Exception, repo: str = REPO) -> UserError:
     """What failed, why, what to do."""
     first_line = (str(error).strip().splitlines() or ["no reason given"])[0]
     reason = f"{type(error).__name__}: {first_line}"
     return UserError(
-        f"{what}: could not be fetched from the Hugging Face data set {REPO} ({reason}); check the network, "
-        f"or copy the shards to {folder} and run --index {folder}, or train on `prepare.py --default`"
+        f"{what}: could not be fetched from the Hugging Face data set {repo} ({reason}); check the network, "
+        + (f"or copy the shards to {folder} and run --index {folder}, " if repo == REPO else "")
+        + "or train on `prepare.py --default`"
     )
 
 
-def fetch_one(name: str, progress: str, folder: Path, checksum: str | None) -> None:
+def fetch_one(
+    name: str,
+    progress: str,
+    folder: Path,
+    checksum: str | None,
+    get: Callable[[str, Path], Path] | None = None,  # hub_fetch, or that of another data set
+    repo: str = REPO,
+) -> None:
     """One shard: kept if it is right, else fetched."""
     path = folder / name
     fault = find_fault(path, checksum) if path.is_file() else ""
@@ -235,9 +244,9 @@ def fetch_one(name: str, progress: str, folder: Path, checksum: str | None) -> N
     print(f"[{progress}] {name}" + (f" is fetched again: {fault}" if fault else ""), flush=True)
     path.unlink(missing_ok=True)
     try:
-        hub_fetch(name, folder)
+        (get or hub_fetch)(name, folder)
     except Exception as error:
-        raise hub_error(name, folder, error) from None
+        raise hub_error(name, folder, error, repo) from None
     if fault := find_fault(path, checksum):
         path.unlink(missing_ok=True)
         raise UserError(f"{name}: what the hub sent is not right ({fault}); it was removed, run again")

@@ -2,6 +2,7 @@
 
     python data/prepare.py corpus.jsonl.xz --out data/corpus      # GPT-2 tokens, 5 % held out
     python data/prepare.py train.txt --val val.txt --tokenizer sp:8192 --out data/mine
+    python data/prepare.py corpus.jsonl.xz --tokenizer golf:8192 --out data/golf    # as the 16 MB contest
     python data/prepare.py --default                              # the embedded text, to data/default
 
 Documents: a .jsonl line's field `text`, as it is; in a .txt, the parts between lines that are exactly
@@ -236,7 +237,7 @@ class Job:
     train: list[Source]  # with a validation fraction: all inputs
     val: list[Source] | None  # None: a fraction of train
     fraction: float | None
-    tokenizer: str  # "gpt2", "bytes", "sp:SIZE" or the path of a .model
+    tokenizer: str  # "gpt2", "bytes", "sp:SIZE", "golf:SIZE" or the path of a .model
     shard_tokens: int
     workers: int | None  # None: one a core, and none for small inputs
     gpt2_folder: Path | None = None
@@ -339,12 +340,12 @@ def build_tokenizer(job: Job, split: Split) -> vocab.Tokenizer:
     if choice.endswith(".model"):
         path = Path(choice)
         return vocab.SentencePiece(path.stem, path.name, path.read_bytes())
-    size = sentencepiece_size(choice)
+    style, size = sentencepiece_size(choice)
     sample = tokenizer_sample(job, split)
     if not sample:
         raise UserError(f"--tokenizer {choice}: the inputs hold no training text; name files with text")
-    model = vocab.train_sentencepiece(sample, size)
-    return vocab.SentencePiece(f"sp{size}", f"sp{size}.model", model, exact=True)
+    model, name = vocab.train_sentencepiece(sample, size, style), f"{style}{size}"
+    return vocab.SentencePiece(name, f"{name}.model", model, exact=style == "sp")
 
 
 class Sample:
@@ -489,13 +490,13 @@ def source_rows(job: Job) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def sentencepiece_size(choice: str) -> int:
-    """SIZE of sp:SIZE."""
-    digits = choice.removeprefix("sp:")
+def sentencepiece_size(choice: str) -> tuple[str, int]:
+    """(style, SIZE) of sp:SIZE or golf:SIZE."""
+    style, _, digits = choice.partition(":")
     size = int(digits) if digits.isascii() and digits.isdigit() else 0
     if not 1 <= size <= MAX_VOCAB:
         raise UserError(f"--tokenizer {choice}: SIZE must be from 1 to {MAX_VOCAB:,} (tokens are uint16)")
-    return size
+    return style, size
 
 
 def parser() -> Parser:
@@ -517,7 +518,8 @@ def parser() -> Parser:
     p.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="gpt2 (the default); sp:SIZE trains a SentencePiece vocabulary on the training text; bytes; "
+        help="gpt2 (the default); sp:SIZE trains a SentencePiece vocabulary on the training text; "
+        "golf:SIZE does so with the 16 MB contest's settings, which normalise the text; bytes; "
         f"or a SentencePiece FILE.model. With --default: {DEFAULT_TOKENIZER}",
     )
     p.add_argument(
@@ -576,12 +578,11 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     options.out = options.out or DEFAULT_OUT
     options.tokenizer = options.tokenizer or (DEFAULT_TOKENIZER if options.default else "gpt2")
     choice = options.tokenizer
-    if choice.startswith("sp:"):
+    if choice.partition(":")[0] in vocab.SP_STYLES and ":" in choice:
         sentencepiece_size(choice)
     elif choice not in ("gpt2", "bytes") and not choice.endswith(".model"):
-        raise UserError(
-            f"--tokenizer {choice}: unknown; give gpt2, sp:SIZE, bytes or a SentencePiece FILE.model"
-        )
+        known = "gpt2, sp:SIZE, golf:SIZE, bytes or a SentencePiece FILE.model"
+        raise UserError(f"--tokenizer {choice}: unknown; give {known}")
     return options
 
 

@@ -34,6 +34,28 @@ GPT2_FILES = (ENCODER, MERGES)
 GPT2_VOCAB = 50_257
 GPT2_BOS = 50_256  # <|endoftext|>
 SPACE = "\u2581"  # SentencePiece writes a space so
+# How a vocabulary trained here treats text. sp: every text survives. golf: as in the 16 MB contest, NFKC and
+# single spaces, so that text changes, and bytes are those of the changed text.
+SP_STYLES = {
+    "sp": {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "character_coverage": 0.9995,
+        "unk_id": 0,  # SentencePiece wants one; with byte fallback it never occurs
+        "bos_id": 1,
+        "eos_id": -1,
+        "pad_id": -1,
+    },
+    "golf": {
+        "normalization_rule_name": "nmt_nfkc",
+        "character_coverage": 0.999,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,  # never written
+        "unk_id": 3,
+    },
+}
 SP_SAMPLE_CHARS = 32_000_000  # of text, at most, that a vocabulary is trained on; about 4 s
 SP_THREADS = 1  # is written into the model, so it must not follow the machine
 
@@ -171,11 +193,11 @@ def gpt2_files(folder: Path | None = None) -> dict[str, bytes]:
     return contents
 
 
-def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
+def train_sentencepiece(texts: Iterable[str], size: int, style: str = "sp") -> bytes:
     """A SentencePiece model of `size` byte pairs with byte fallback; the same texts give the same model.
 
-    Nothing is normalised and no space is added, so every text survives; digits are single tokens, because a
-    small vocabulary has better uses than numbers.
+    `style`: a row of SP_STYLES. No space is added; digits are single tokens, because a small vocabulary has
+    better uses than numbers.
     """
     import sentencepiece
 
@@ -192,29 +214,27 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
             model_type="bpe",
             vocab_size=size,
             byte_fallback=True,
-            normalization_rule_name="identity",
             add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
             split_digits=True,
-            character_coverage=0.9995,
             max_sentence_length=1 << 30,  # bytes; longer lines would be left out
-            unk_id=0,  # SentencePiece wants one; with byte fallback it never occurs
-            bos_id=1,
-            eos_id=-1,
-            pad_id=-1,
+            **SP_STYLES[style],
             num_threads=SP_THREADS,
             minloglevel=4,  # its own lines on stderr would come beside our one
         )
     except RuntimeError as error:
-        raise UserError(_sentencepiece_line(str(error), size)) from None
+        raise UserError(_sentencepiece_line(str(error), f"{style}:", size)) from None
     return model.getvalue()
 
 
-def _sentencepiece_line(error: str, size: int) -> str:
+def _sentencepiece_line(error: str, prefix: str, size: int) -> str:
     """SentencePiece's error as one line that names the number which would do."""
     if match := re.search(r"value <= (\d+)", error):
-        return f"sp:{size}: the text yields at most {match[1]} tokens; use sp:{match[1]} or more text"
+        return (
+            f"{prefix}{size}: the text yields at most {match[1]} tokens; use {prefix}{match[1]} or more text"
+        )
     if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        return f"sp:{size}: bytes and characters alone need {match[1]} tokens; use sp:{match[1]} or more"
-    return f"sp:{size}: SentencePiece could not train on this text ({error}); try another size or more text"
+        need = f"bytes and characters alone need {match[1]} tokens"
+        return f"{prefix}{size}: {need}; use {prefix}{match[1]} or more"
+    return (
+        f"{prefix}{size}: SentencePiece could not train on this text ({error}); try another size or more text"
+    )

@@ -548,6 +548,12 @@ WRONG = {
     "unknown tokenizer": ({"a.txt": b"x"}, "a.txt --out o --tokenizer bpe", "--tokenizer bpe"),
     "sp without size": ({"a.txt": b"x"}, "a.txt --out o --tokenizer sp:many", "sp:many"),
     "vocabulary too large": ({"a.txt": b"x"}, "a.txt --out o --tokenizer sp:65537", "65,536"),
+    "golf without size": ({"a.txt": b"x"}, "a.txt --out o --tokenizer golf:", "golf:"),
+    "golf too large": (
+        {"a.txt": b"few words"},
+        "a.txt --val a2.txt --out o --tokenizer golf:9000",
+        "use golf:",
+    ),
     "sp too large": ({"a.txt": b"few words"}, "a.txt --val a2.txt --out o --tokenizer sp:9000", "use sp:"),
     "sp too small": ({"a.txt": b"few words"}, "a.txt --val a2.txt --out o --tokenizer sp:100", "or more"),
     "missing model": ({"a.txt": b"x"}, "a.txt --out o --tokenizer m.model", "m.model: no such file"),
