@@ -1,0 +1,1 @@
+"""The 16 MB contest: trainer, artifact, tokenizers, scorer."""
