@@ -1288,6 +1288,7 @@ arms:
 verdict:
   --claim systems  the maths is the same: faster, and the loss not worse by the track's margin
   --claim ml       it is not: faster, the target reached, faster at equal loss if the track says its price
+  --claim score    equal budget: the metric better by more than the track's gain (needs --track)
   --track NAME     rules of records/NAME/track.toml; without it alpha 0.01, margin 0.002, 4 runs of each arm
   Each reason passes, fails, or stays open for want of runs. What a verdict refuses to rest on is a finding.
 
@@ -1328,7 +1329,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--by", metavar="KIND", help="split the logs by source, steps or prefix; =A,B picks and orders")
     add("--track", metavar="NAME", help="the rules of a verdict: a track's name or its track.toml")
-    add("--claim", choices=("systems", "ml"), help="ask for a verdict on this kind of claim")
+    add("--claim", choices=("systems", "ml", "score"), help="ask for a verdict on this kind of claim")
     add("--time-test", choices=tuple(TIME_TESTS), help="what Time p is; the verdict's, without a track")
     add("--metric", metavar="KEY", help="key of the step lines to compare, val_loss if left out; KEY:higher")
     add("--alpha", metavar="X", help="level of each test of the verdict, without a track")

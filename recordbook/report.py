@@ -167,6 +167,9 @@ def claims_of(track: Track) -> Iterator[str]:
         "systems": f"systems: same maths; faster, and {track.metric} worse by less than {track.margin:g}",
         "ml": f"ml: other maths; faster, and the target is reached{worth}",
     }
+    if "score" in track.claims:
+        gain = f"{track.least_gain:.5f} bits a byte ({track.gain:g} {track.gain_unit})"
+        known["score"] = f"score: equal budget; {track.metric} better by more than {gain}"
     return (known[claim] for claim in track.claims)
 
 
@@ -175,8 +178,11 @@ def rules_of(track: Track) -> str:
     side = "at or below" if track.direction == "lower" else "at or above"
     machine = f"{track.gpus} GPU{'s' * (track.gpus > 1)} named {track.hardware}"
     test = f"{TIME_TESTS[track.time_test][1]} of the training times"
+    goal = f"the least training time to a mean {track.metric} {side} {track.target:g}"
+    if track.claims == ("score",):
+        goal = f"the best mean {track.metric} of a fixed budget, {side} {track.target:g}"
     rows = [
-        ("Goal", f"the least training time to a mean {track.metric} {side} {track.target:g}"),
+        ("Goal", goal),
         ("Hardware", "a CPU" if track.hardware == CPU else machine),
         ("Recipe", track.recipe),
         ("Data", track.data or "any; the same in every run of a record"),

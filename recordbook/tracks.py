@@ -19,8 +19,14 @@ from compare_runs import InputError, printable, some
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 FILE = "track.toml"
 CPU = "cpu"
-CLAIMS = ("systems", "ml")
+CLAIMS = ("systems", "ml", "score")
 DIRECTIONS = ("lower", "higher")
+# A gain in one of these units, as bits a byte: `b` bytes a token.
+GAIN_UNITS = {
+    "nats/token": lambda gain, b: gain / math.log(2) / b,
+    "nats/byte": lambda gain, b: gain / math.log(2),
+    "bits/byte": lambda gain, b: gain,
+}
 TIME_TESTS = ("welch-less", "welch-two-sided", "student", "paired")
 
 
@@ -44,7 +50,15 @@ class Track:
     data: str | None = None  # 'sha256=...' as our logs print it; None: equal in all arms, whatever it is
     seconds_per_loss: float | None = None  # k: seconds that one unit of the metric is worth
     seconds_per_loss_sd: float | None = None  # its standard error
+    gain: float | None = None  # by which a score claim must be better, at equal budget
+    gain_unit: str | None = None  # one of GAIN_UNITS
+    bytes_per_token: float | None = None  # of the track's vocabulary on its validation text
     notes: str = ""
+
+    @property
+    def least_gain(self) -> float:
+        """`gain` in bits a byte, the unit of val_bpb."""
+        return GAIN_UNITS[self.gain_unit](self.gain, self.bytes_per_token)
 
     def reaches(self, value: float) -> bool:
         """Whether a value of the metric is on the good side of the target, the target itself included."""
@@ -121,7 +135,7 @@ TABLE: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
     "alpha": (True, lambda value: is_number(value) and 0 < value < 0.5, "a number above 0 and below 0.5"),
     "margin": (True, lambda value: is_number(value) and value > 0, "a positive number"),
     "min_runs": (True, lambda value: is_whole(value, 2), "a whole number from 2"),
-    "claims": (True, is_choices, f"a list of {' and '.join(CLAIMS)}, or of one of them"),
+    "claims": (True, is_choices, f"a list of {', '.join(CLAIMS)}, or of some of them"),
     "recipe": (True, is_line, "the recipe that the logs name"),
     "time_test": (True, lambda value: value in TIME_TESTS, f"one of {', '.join(TIME_TESTS)}"),
     "hardware.gpus": (True, lambda value: is_whole(value, 0), "a whole number, 0 for a CPU"),
@@ -133,8 +147,14 @@ TABLE: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
     ),
     "seconds_per_loss": (False, lambda value: is_number(value) and value > 0, "a positive number"),
     "seconds_per_loss_sd": (False, lambda value: is_number(value) and value >= 0, "a number from 0"),
+    "gain": (False, lambda value: is_number(value) and value > 0, "a positive number"),
+    "gain_unit": (False, lambda value: value in list(GAIN_UNITS), f"one of {', '.join(GAIN_UNITS)}"),
+    "bytes_per_token": (False, lambda value: is_number(value) and value > 0, "a positive number"),
     "notes": (False, lambda value: isinstance(value, str), "a text"),
 }
+FLOATS = (
+    "target", "alpha", "margin", "seconds_per_loss", "seconds_per_loss_sd", "gain", "bytes_per_token",
+)  # fmt: skip
 RENAMED = {"hardware.gpus": "gpus", "hardware.name": "hardware"}
 
 
@@ -169,11 +189,24 @@ def track_of(text: str, file: str = FILE) -> Track:
         )
     if "seconds_per_loss_sd" in flat and "seconds_per_loss" not in flat:
         raise InputError(f"{file}: seconds_per_loss_sd without seconds_per_loss; add that or remove this")
+    check_gain(flat, file)
     values = {RENAMED.get(key, key): value for key, value in flat.items()}
-    for key in ("target", "alpha", "margin", "seconds_per_loss", "seconds_per_loss_sd"):
+    for key in FLOATS:
         if key in values:
             values[key] = float(values[key])
     return Track(**values | {"claims": tuple(values["claims"])})
+
+
+def check_gain(flat: dict[str, Any], file: str) -> None:
+    """A score claim needs a gain with its unit, of a metric in bits a byte. 0.005 alone means nothing."""
+    if "score" not in flat["claims"]:
+        return
+    needed = ["gain", "gain_unit"] + ["bytes_per_token"] * (flat.get("gain_unit") == "nats/token")
+    if missing := [key for key in needed if key not in flat]:
+        raise InputError(f"{file}: claim score needs {', '.join(needed)}; add {', '.join(missing)}")
+    if flat["metric"] != "val_bpb":
+        metric = f"metric = {flat['metric']!r}"
+        raise InputError(f"{file}: {metric}: the gain of claim score is in bits a byte; make it 'val_bpb'")
 
 
 def load_track(path: str | Path) -> Track:

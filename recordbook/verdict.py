@@ -2,6 +2,7 @@
 
     systems  the maths is the same: faster, and the loss not worse by the track's margin
     ml       it is not: faster, the target reached, and faster at equal loss where seconds_per_loss is known
+    score    the budget is fixed: the metric is better than the baseline's by more than the track's gain
 
 Every reason passes, fails or stays open. A failed one or a blocking finding rejects. What is open says how
 many runs of each arm would decide it at a power of 0.9, if the means and sds seen are the true ones. Failed
@@ -114,6 +115,8 @@ def described(track: Track, claim: str, alpha: float) -> str:
     """The rules in one line."""
     name = f"track {track.name}" if track.name else "no track"
     bound = f"margin {track.margin:g}" if claim == "systems" else f"target {track.target:g}"
+    if claim == "score":
+        bound = f"gain {track.least_gain:.5f} bits/byte ({track.gain:g} {track.gain_unit})"
     return (
         f"claim {claim}, {name}: {track.metric}, {bound}, alpha {alpha:.3g}, "
         f"at least {track.min_runs} runs of each arm, time test {track.time_test}"
@@ -173,6 +176,12 @@ def paired_metric(base: Arm, candidate: Arm, track: Track) -> tuple[list[float],
     return new, old
 
 
+def shifted_pairs(base: Arm, candidate: Arm, track: Track, gain: float) -> statistics.AlwaysValid:
+    """Is the metric of the pairs better by more than the gain?"""
+    new, old = paired_metric(base, candidate, track)
+    return statistics.always_valid_pairs([x + gain for x in new], old)
+
+
 def ordered_times(base: Arm, candidate: Arm) -> tuple[list[float], list[bool]]:
     """(times in run order, is it the candidate's)."""
     runs, _ = run_order([base, candidate])
@@ -225,6 +234,10 @@ def loss_statistics(base: Arm, candidate: Arm, track: Track, alpha: float) -> di
         target = -track.target if track.direction == "higher" else track.target
         found["loss_target"] = partial(st.one_sample, new, target, "less", level)
         found["loss_always_valid"] = partial(st.always_valid, new, target)
+    if track.gain:
+        gain = track.least_gain
+        found["loss_gain"] = partial(st.welch, new, old, "less", level, -gain)
+        found["loss_gain_always_valid_pairs"] = lambda: shifted_pairs(base, candidate, track, gain)
     times = values(candidate, "seconds"), values(base, "seconds")
     if track.seconds_per_loss and all(times):
         k, sd_k = track.seconds_per_loss, track.seconds_per_loss_sd or 0.0
@@ -382,6 +395,27 @@ def target_reason(case: Case) -> Reason:
     return judged(case, "target", text, p, 1 - test.p, gain, needed)
 
 
+def gain_reason(case: Case) -> Reason:
+    """score: is the metric better than the baseline's by more than the track's gain?"""
+    test, track = case.found["loss_gain"], case.track
+    if isinstance(test, str):
+        return missing(case, "gain", test)
+    name, p, least = "Welch's one-sided t-test", test.p, track.least_gain
+    if case.early_stop:
+        valid = case.found["loss_gain_always_valid_pairs"]
+        if isinstance(valid, str):
+            return missing(case, "gain", f"the series could stop early, but {valid}", fatal=True)
+        name, p = "always-valid test of pairs", valid.p_final
+    seen, word = -test.difference, "better" if test.difference < 0 else "worse"
+    text = (
+        f"gain: {track.metric} of {case.new.name} is {abs(seen):.5f} {word} than that of {case.base.name}, "
+        f"must be more than {least:.5f} ({track.gain:g} {track.gain_unit}); {name}: {compared(p, case.alpha)}"
+    )
+    sd = pooled_sd(oriented(case.new, track), oriented(case.base, track))
+    needed = partial(planning.runs_needed_two_sample, seen - least, sd, case.alpha)
+    return judged(case, "gain", text, p, 1 - test.p, seen - least, needed)
+
+
 def adjusted_reason(case: Case) -> Reason | None:
     """ml: is the candidate faster at equal loss? None where a unit of loss has no price."""
     result = case.found.get("loss_adjusted")
@@ -431,11 +465,13 @@ def failed_reasons(case: Case, claim: str) -> list[Reason]:
         return []
     new, old = oriented(case.new, case.track), oriented(case.base, case.track)
     target = -case.track.target if case.track.direction == "higher" else case.track.target
-    shifted = [x - case.track.margin for x in new]
+    bound = -case.track.least_gain if claim == "score" else case.track.margin
+    shifted = [x - bound for x in new]
     of_time = partial(rank_p, case, times, values(case.base, "seconds"))
     of_loss = partial(sign_p, case, new, target) if claim == "ml" else partial(rank_p, case, shifted, old)
+    of_times = [] if claim == "score" else [failed_reason(case, "failed", "times: rank test", of_time)]
     return [
-        failed_reason(case, "failed", "times: rank test", of_time),
+        *of_times,
         failed_reason(case, "failed", f"losses: {'sign' if claim == 'ml' else 'rank'} test", of_loss),
     ]
 
@@ -449,7 +485,11 @@ def runs_reason(case: Case) -> Reason:
     return Reason("runs", OPEN, text, None, case.track.min_runs)
 
 
-CRITERIA = {"systems": (time_reason, loss_reason), "ml": (time_reason, target_reason, adjusted_reason)}
+CRITERIA = {
+    "systems": (time_reason, loss_reason),
+    "ml": (time_reason, target_reason, adjusted_reason),
+    "score": (gain_reason,),
+}
 
 # 5. decision --------------------------------------------------------------------------------------------
 

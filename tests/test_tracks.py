@@ -33,8 +33,14 @@ def refusal(text: str) -> str:
 
 
 def test_the_projects_tracks():
-    assert tr.track_names() == ["short", "sprint", "tiny"]
-    short, sprint, tiny = map(tr.find_track, tr.track_names())
+    assert tr.track_names() == ["golf", "short", "sprint", "tiny"]
+    golf, short, sprint, tiny = map(tr.find_track, tr.track_names())
+    assert (golf.metric, golf.claims, golf.gain, golf.gain_unit) == (
+        "val_bpb",
+        ("score",),
+        0.005,
+        "nats/token",
+    )
     assert (short.target, short.gpus, short.alpha, short.metric) == (3.28, 8, 0.01, "val_loss")
     assert (sprint.target, sprint.gpus, sprint.data) == (3.322, 1, None)
     assert (tiny.target, tiny.gpus, tiny.hardware) == (4.15, 0, "cpu")
@@ -44,7 +50,7 @@ def test_the_projects_tracks():
 def test_targets_and_recipes_are_the_trainers():
     import train_gpt
 
-    for name in tr.track_names():
+    for name in ("short", "sprint", "tiny"):
         track = tr.find_track(name)
         assert train_gpt.RECIPES[track.recipe].target == track.target
 
@@ -90,6 +96,9 @@ WRONG = {
     "data": ['"abc"', '"sha256=XY"', '""'],
     "seconds_per_loss": ["0", "-1", "nan"],
     "seconds_per_loss_sd": ["-1", '"1"'],
+    "gain": ["0", "-0.005", "nan", "true"],
+    "gain_unit": ['"nats"', "1", "[]"],
+    "bytes_per_token": ["0", "inf"],
     "notes": ["1"],
     "hardware.gpus": ["-1", "1.0", "true"],
     "hardware.name": ['"("', '""', "8"],
@@ -111,6 +120,27 @@ def test_keys_that_belong_together():
     assert "seconds_per_loss_sd without" in refusal(toml(seconds_per_loss_sd="1"))
     flat = toml(drop="hardware.gpus").replace('hardware.name = "NVIDIA H200"', "hardware = 8")
     assert "[hardware]" in refusal(flat)
+
+
+def test_a_gain_has_a_unit():
+    """0.005 nats is two numbers: both, for the contest's vocabulary of 8,192, as the track's file says."""
+    score = {"claims": '["score"]', "gain": "0.005"}
+    token = tr.track_of(toml(**score, gain_unit='"nats/token"', bytes_per_token="3.727"))
+    byte = tr.track_of(toml(**score, gain_unit='"nats/byte"'))
+    bits = tr.track_of(toml(**score, gain_unit='"bits/byte"'))
+    assert token.least_gain == pytest.approx(0.00194, abs=5e-6)
+    assert byte.least_gain == pytest.approx(0.00721, abs=5e-6)
+    assert bits.least_gain == 0.005
+    golf = tr.find_track("golf")
+    assert golf.least_gain == token.least_gain
+    text = (ROOT / "records" / "golf" / tr.FILE).read_text()
+    assert f"= {token.least_gain:.5f} bits/byte" in text
+    assert f"= {byte.least_gain:.5f} bits/byte" in text
+    assert f"{0.005 * golf.bytes_per_token:.4f} nats a token" in text
+    assert "add gain_unit" in refusal(toml(**score))
+    assert "add bytes_per_token" in refusal(toml(**score, gain_unit='"nats/token"'))
+    assert "add gain" in refusal(toml(claims='["ml", "score"]'))
+    assert "make it 'val_bpb'" in refusal(toml(**score, gain_unit='"bits/byte"', metric='"val_loss"'))
 
 
 def test_files_that_are_no_track(tmp_path):

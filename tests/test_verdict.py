@@ -461,3 +461,36 @@ def test_every_level_is_known():
     assert set(integrity.UNDECIDED) <= integrity.LEVELS.keys()
     assert all(integrity.LEVELS[code][0] == integrity.BLOCKS for code in integrity.UNDECIDED)
     assert find_track("short").min_runs == 8
+
+
+# claim score ------------------------------------------------------------------------------------------------
+
+SCORE = {"metric": "val_bpb", "claims": ("score",), "gain_unit": "bits/byte", "bytes_per_token": None}
+
+
+def test_score_needs_the_gain_not_the_time(pair):
+    """The logs' val_bpb is a third of their loss: 0.012 lower is 0.004 bits a byte; times are equal."""
+    better = [x - 0.012 for x in MORE_LOSSES]
+    args = pair(losses=better, times=BASE_TIMES)
+    found = judge(args, "score", **SCORE, gain=0.003)
+    assert (found.outcome, states(found)) == ("ACCEPT", {"gain": "pass", "runs": "pass"})
+    assert found.p < 0.001
+    more = judge(args, "score", **SCORE, gain=0.005)
+    assert (more.outcome, states(more)["gain"]) == ("REJECT", "fail")
+    near = judge(args, "score", **SCORE, gain=0.0039)
+    assert (near.outcome, states(near)["gain"]) == ("INCONCLUSIVE", "open")
+    (reason,) = (r for r in found.reasons if r.about == "gain")
+    assert "0.00401 better" in reason.text
+    assert "more than 0.00300 (0.003 bits/byte)" in reason.text
+
+
+def test_score_in_the_wrong_direction(pair):
+    found = judge(pair(losses=[x + 0.012 for x in MORE_LOSSES]), "score", **SCORE, gain=0.003)
+    assert (found.outcome, states(found)["gain"]) == ("REJECT", "fail")
+
+
+def test_score_is_of_a_track(pair):
+    with pytest.raises(cr.InputError, match="claim score"):
+        judge(pair(), "score")
+    track = find_track("golf")
+    assert "gain 0.00194 bits/byte (0.005 nats/token)" in vd.described(track, "score", 0.01)
