@@ -2,6 +2,7 @@
 # Repeat timings of the trainer; sets up what is missing first, then hands over to recordbook/runs.py.
 #
 #   bash run.sh [N] [--recipe R] [--data DIR]   N runs (default 2), then the table of compare_runs.py
+#   bash run.sh golf/train_golf.py N --recipe golf-one --data DIR         the same with another trainer
 #   bash run.sh ab A.py B.py N                  N runs of each of two trainers, interleaved ABBA BAAB
 #   bash run.sh ab A.py B.py N --until-decided --max M    go on up to M pairs, stop when the difference is sure
 #   bash run.sh aa TRAINER.py N                 one trainer as both arms: the noise floor of this machine

@@ -1,4 +1,4 @@
-"""The packed code as a program: `python code.zip MODE ...` trains, `python code.zip score MODEL ...` scores.
+"""The packed code as a program: `python code.zip --mode ...` trains, `python code.zip score ...` scores.
 
 Python runs an archive whatever its name; in a submission's folder it is called train_gpt.py. In the project,
 `python -m golf ...` does the same.

@@ -40,11 +40,11 @@ import shards  # noqa: E402  golf.tokens has put data/ on the path
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from golf import artifact, score, tokens  # noqa: E402
+from golf import artifact, log_of, score, tokens  # noqa: E402
 from recordbook import statistics, tracks  # noqa: E402
 
 tg, InputError = golf.tg, golf.InputError
-FILES = ("model.golf", "code.zip", "result.json", "train.txt")
+FILES = ("model.golf", "code.zip", "result.json")  # and the log
 DOCUMENTS = 1000  # whose bytes are counted, or all there are
 PROBE_DOCUMENTS = 6  # that the models of checks 5 to 8 see, cut to PROBE_TOKENS and a few more each
 PROBE_TOKENS = 40
@@ -90,7 +90,8 @@ class Case:
     @classmethod
     def open(cls, run: Path, data: Path, ranks: tg.Ranks) -> "Case":
         """InputError names what is missing or is not of this run."""
-        if missing := [name for name in FILES if not (run / name).is_file()]:
+        missing = [name for name in FILES if not (run / name).is_file()]
+        if missing := missing + ["log"] * (not log_of(run).is_file()):
             raise InputError(f"{run}: no {', '.join(missing)}; name the folder of a run that ended")
         try:
             result = json.loads((run / "result.json").read_text())
@@ -99,7 +100,7 @@ class Case:
             raise InputError(f"{run} with {data}: {error}; name a run and its prepared data") from None
         corpus = tg.Corpus.open(data)
         tokenizer, path = golf.open_tokenizer(data, corpus)
-        log = (run / "train.txt").read_text(errors="replace")
+        log = log_of(run).read_text(errors="replace")
         return cls(
             run=run, data=data, result=result, log=log, corpus=corpus, manifest=manifest, tokenizer=tokenizer,
             tokenizer_path=path, ranks=ranks,
@@ -128,7 +129,7 @@ class Case:
         """The model before the first step of this run's seed."""
         seeds = re.findall(r"^seed: (\d+)$", self.log, re.M)  # the last one: before it stand the sources
         if not seeds:
-            raise InputError(f"{self.run / 'train.txt'}: no line 'seed: N'; name a log of train_golf.py")
+            raise InputError(f"{log_of(self.run)}: no line 'seed: N'; name a log of train_golf.py")
         model = golf.Golf(self.model.cfg, self.tokenizer.vocab_size, int(seeds[-1]), self.model.dtype)
         return model.eval().to(self.ranks.device)
 
@@ -619,7 +620,7 @@ def small_artifacts(case: Case) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
-        command = [sys.executable, str(ROOT / "golf" / "train_golf.py"), "smoke", "--data"]
+        command = [sys.executable, str(ROOT / "golf" / "train_golf.py"), "--mode", "smoke", "--data"]
         command += [str(small_data(case, folder / "data"))]
         command += [word for change in SMALL for word in ("--set", change)]
         env = {key: value for key, value in os.environ.items() if key not in golf.NOT_INHERITED}

@@ -7,7 +7,7 @@ train_golf.py and check.py left. All numbers of the folder come from them. It is
 
     README.md          what was run, on what, and every number, seed by seed
     submission.json    the same for programs, with the contest's fields
-    train_gpt.py       all counted code: an archive that Python runs, `python train_gpt.py full --data ...`
+    train_gpt.py       all counted code: an archive that Python runs, `python train_gpt.py --mode full ...`
     source/            the same code, unpacked to be read; not counted
     train_seedN.log    the log of each run, which begins with every source
     checks_seedN.json  what golf/check.py found
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # run as a script, its folder is on the path, not the project
 
 from compare_runs import InputError, mean, printable, sample_sd  # noqa: E402
-from golf import artifact  # noqa: E402
+from golf import artifact, log_of  # noqa: E402
 
 REQUIRED = ("torch", "triton", "numpy", "sentencepiece", "tiktoken", "tqdm")  # of requirements.txt
 MIN_SEEDS = 3  # below it the contest's p < 0.01 cannot be had, and README.md says so
@@ -70,7 +70,8 @@ def read_json(path: Path) -> dict:
 
 def read_run(folder: Path) -> Seed:
     """A run whose checks all passed on this very artifact. InputError says what is missing."""
-    checks, result, log = (read_json(folder / name) for name in ("checks.json", "result.json", "train.json"))
+    twin = log_of(folder).with_suffix(".json")
+    checks, result, log = map(read_json, (folder / "checks.json", folder / "result.json", twin))
     try:
         packed, code = ((folder / name).read_bytes() for name in ("model.golf", "code.zip"))
     except OSError as error:
@@ -90,7 +91,7 @@ def read_run(folder: Path) -> Seed:
     conditions = log.get("meta", {})
     seed = str(conditions.get("seed", ""))
     if not seed.isdecimal():
-        raise InputError(f"{folder / 'train.json'}: no seed; name a run of train_golf.py")
+        raise InputError(f"{twin}: no seed; name a run of train_golf.py")
     return Seed(folder, int(seed), conditions, result, checks, code, meta["config"], meta["tokenizer"])
 
 
@@ -172,7 +173,7 @@ def submission(runs: Sequence[Seed], mode: str, about: dict[str, str]) -> dict:
 
 def versions(run: Seed) -> list[str | None]:
     """[torch, CUDA], from the log's line of versions."""
-    log = (run.folder / "train.txt").read_text(errors="replace")
+    log = log_of(run.folder).read_text(errors="replace")
     found = re.findall(r"^Running PyTorch (\S+) compiled for CUDA (\S+)$", log, re.M)
     return list(found[-1]) if found else [None, None]
 
@@ -306,7 +307,7 @@ def write_submission(
         with zipfile.ZipFile(io.BytesIO(runs[0].code)) as archive:
             archive.extractall(partial / "source")
         for run in runs:
-            shutil.copyfile(run.folder / "train.txt", partial / f"train_seed{run.seed}.log")
+            shutil.copyfile(log_of(run.folder), partial / f"train_seed{run.seed}.log")
             shutil.copyfile(run.folder / "checks.json", partial / f"checks_seed{run.seed}.json")
         partial.rename(out)
     except OSError as error:

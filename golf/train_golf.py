@@ -1,8 +1,8 @@
 """Train, quantise and pack the best language model that 16,000,000 bytes can hold, in a fixed time.
 
-    python golf/train_golf.py smoke                               2 cores, 2 minutes: the whole way, in small
-    python golf/train_golf.py one --data data/books               one GPU
-    torchrun --standalone --nproc_per_node=8 golf/train_golf.py full --data data/fineweb-sp8192
+    python golf/train_golf.py --mode smoke                        2 cores, 2 minutes: the whole way, in small
+    python golf/train_golf.py --mode one --data data/books        one GPU
+    torchrun --standalone --nproc_per_node=8 golf/train_golf.py --mode full --data data/contest-sp8192
 
 A mode is a row of the tables in section 1; `--set KEY=VALUE` changes one field of it, for ablations. Every
 schedule is a fraction of the budget, so a slower machine takes fewer steps of the same run. What comes out is
@@ -53,7 +53,7 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import triton_kernels as kernels  # noqa: E402
-from golf import artifact, tokens  # noqa: E402
+from golf import LOG, artifact, tokens  # noqa: E402
 from golf.artifact import Quantized  # noqa: E402
 
 InputError, Ended = tg.InputError, tg.Ended
@@ -950,6 +950,7 @@ CODE = (
     "golf/__init__.py", "golf/train_golf.py", "golf/score.py", "golf/artifact.py", "golf/tokens.py",
     "train_gpt.py", "triton_kernels.py", "data/vocab.py", "data/shards.py", "data/wheels.py",
 )  # fmt: skip
+SOURCES = [ROOT / name for name in CODE]  # what a log begins with
 START = "golf/__main__.py"  # unpacks code.zip and runs it: the archive is a program
 
 
@@ -1396,9 +1397,9 @@ def run(args: argparse.Namespace, cfg: Config, ranks: tg.Ranks, stop: tg.StopReq
     job.ledger.seconds["load"] = time.perf_counter() - began
     if ranks.rank == 0 and (args.out / "model.golf").exists():
         raise InputError(f"{args.out}: holds a model.golf already; name another folder with --out")
-    log = job.log = tg.Log(args.out / "train.txt", is_master=ranks.rank == 0)
+    log = job.log = tg.Log(args.log, is_master=ranks.rank == 0)
     try:
-        log.header([ROOT / name for name in CODE if name != "golf/__init__.py"], describe(args, job))
+        log.header(SOURCES, describe(args, job))
         result, faults = complete(job, stop, args.out)
         result["ledger_s"] = {name: round(seconds, 3) for name, seconds in job.ledger.seconds.items()}
         result |= {"promises_not_kept": faults}
@@ -1427,29 +1428,39 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "signal. Also runs under torchrun.",
     )
     add = parser.add_argument
-    add("mode", help=f"one of {', '.join(MODES)}")
-    add("--recipe", default="golf", help=f"one of {', '.join(RECIPES)}; default golf")
+    on_gpu = torch.cuda.is_available()
+    add("--mode", help=f"one of {', '.join(MODES)}; default one with a GPU, else smoke")
+    add("--recipe", default="golf", help=f"one of {', '.join(RECIPES)}, or RECIPE-MODE as logs have it")
     add("--data", type=Path, help="prepared folder; for smoke, data/default where none is given")
-    add("--out", type=Path, help="folder to write; default logs/golf/<recipe>-<mode>-<run id>")
+    add("--out", type=Path, help="folder to write; X.txt: that log, and folder X; default in logs/golf")
+    add("--sources", action="store_true", help="print the files that a run logs, and end")
     add("--seed", type=int, default=1, help="of the initial parameters and the order of the data; default 1")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one field of the config")
     parser.error = tg.refuse
     args = parser.parse_args(argv)
-    for name, value, table in (("mode", args.mode, MODES), ("--recipe", args.recipe, RECIPES)):
+    args.recipe, _, mode = args.recipe.partition("-")
+    args.mode = args.mode or mode or ("one" if on_gpu else "smoke")
+    for name, value, table in (("--mode", args.mode, MODES), ("--recipe", args.recipe, RECIPES)):
         if value not in table:
             raise InputError(f"{name} {value!r} does not exist; choose one of {', '.join(table)}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed}: must be from 0 to below 2**63; use such a number")
     if args.data is None and args.mode != "smoke":
-        raise InputError(f"mode {args.mode} needs --data; make the folder with data/prepare.py and name it")
+        raise InputError(f"--mode {args.mode} needs --data; make the folder with data/prepare.py and name it")
     args.data = args.data or ROOT / "data" / "default"
     args.out = args.out or Path("logs") / "golf" / f"{args.recipe}-{args.mode}-{uuid.uuid4()}"
+    args.log = args.out / LOG
+    if args.out.suffix == ".txt":  # as run.sh names a log
+        args.log, args.out = args.out, args.out.with_suffix("")
     return args
 
 
 def main() -> int:
     try:
         args = parse()
+        if args.sources:
+            print(*SOURCES, sep="\n")
+            return 0
         cfg = configure(args.mode, args.recipe, args.set)
         if args.mode == "smoke":
             torch.set_num_threads(1)  # threads would wait for each other longer than such products take

@@ -79,6 +79,7 @@ class Proposal:
     name: str
     claim: str
     records: Path
+    submission: Path | None = None  # where the 16 MB contest's own folder goes
 
 
 def propose(proposal: Proposal) -> tuple[list[str], int]:
@@ -94,12 +95,22 @@ def propose(proposal: Proposal) -> tuple[list[str], int]:
     content = contents(judged, proposal.series, track, claim, proposal.name)
     base = content["arms"][0]["source"] if claim != BASELINE else None
     content["previous"] = previous_of(earlier[-1] if earlier else None, content["machine"], base)
+    if proposal.submission:
+        submit(judged, proposal)
     stored = evidence.as_record(files) | {source.name: source.text for source in judged.sources}
     target = proposal.records / track.name / f"{content['date']}_{proposal.name}"
     build(target, stored | generated(content, stored), track, earlier)
-    written = [f"Accepted: {target}"]
+    written = [f"Accepted: {target}"] + [f"Written: {proposal.submission}"] * bool(proposal.submission)
     written += [f"Refreshed: {path}" for path in verify.write_track(track, proposal.records)]
     return [*lines, *map(printable, written), *pages.beside_previous(content)], 0
+
+
+def submit(judged: Judged, proposal: Proposal) -> None:
+    """The folder that the 16 MB contest asks for, of the runs that count; each has its own beside its log."""
+    from golf.submit import write_submission
+
+    runs = [Path(run.path).with_suffix("") for run in judged.arms[-1].counted]
+    write_submission(runs, proposal.submission, name=proposal.name)
 
 
 def build(target: Path, files: dict[str, bytes], track: Track, earlier: Sequence[Record]) -> None:
@@ -144,11 +155,16 @@ def command(argv: Sequence[str]) -> tuple[str, int]:
     )
     parser.add_argument("--claim", choices=(*CLAIMS, BASELINE), help="what is claimed")
     parser.add_argument("--records", default=str(RECORDS), metavar="DIR", help="the book; default: records/")
+    contest = "also write the 16 MB contest's own folder there, of runs of golf/train_golf.py"
+    parser.add_argument("--submission", type=Path, metavar="DIR", help=contest)
     args = parser.parse_args(argv)
     check_name(args.name)
+    if args.submission and args.submission.exists():
+        raise InputError(f"--submission {printable(str(args.submission))}: is there; name a new folder")
     track = find_track(args.track, args.records)
     claim = check_claim(args.claim, track, records_of(track.name, args.records))
     if not os.path.isdir(args.series):
         raise InputError(f"{printable(args.series)}: no such folder; name the folder of a series")
-    lines, code = propose(Proposal(Path(args.series), track, args.name, claim, Path(args.records)))
+    where = Path(args.series), track, args.name, claim, Path(args.records), args.submission
+    lines, code = propose(Proposal(*where))
     return "\n".join(lines), code

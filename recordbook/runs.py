@@ -1,6 +1,6 @@
 """Series of timed runs with a plan written before the first run and a ledger of every attempt.
 
-    python -m recordbook.runs [N]               N runs of train_gpt.py; `bash run.sh` hands over to this
+    python -m recordbook.runs [TRAINER.py] [N]  N runs of train_gpt.py; `bash run.sh` hands over to this
     python -m recordbook.runs ab A.py B.py N    two trainers, interleaved ABBA BAAB, seeds 1..N equal in both
     python -m recordbook.runs aa TRAINER.py N   one trainer as both arms: the noise floor of this machine
     python -m recordbook.runs plan ...          how many runs a claim needs
@@ -929,13 +929,14 @@ def between(low: float, high: float, closed: bool = False) -> Callable[[str], fl
 
 
 USAGE = {
-    "series": "bash run.sh [N] [--recipe R] [--data DIR]",
+    "series": "bash run.sh [TRAINER.py] [N] [--recipe R] [--data DIR]",
     "ab": "bash run.sh ab A.py B.py N [--recipe R] [--data DIR] [--until-decided --max M]",
     "aa": "bash run.sh aa TRAINER.py N [--recipe R] [--data DIR]",
     "plan": "bash run.sh plan --gain SECONDS --sd S [--seconds-per-run T --gpus G]",
 }
 ABOUT = {
-    "series": "N runs of train_gpt.py (default 2), then the table of compare_runs.py. It may grow later.",
+    "series": "N runs (default 2) of train_gpt.py or of the trainer named, then the table of compare_runs.py "
+    "(it may grow later).",
     "ab": "N runs of each of two trainers, interleaved ABBA BAAB on this machine, seeds 1..N equal in both.",
     "aa": "One trainer as both arms, N pairs: sd of times and of pair differences, drift by order, the least "
     "gain that N pairs show, and how often the procedure accepts a gain that is none.",
@@ -960,7 +961,11 @@ def make_parser(kind: str) -> Parser:
     parser.allow_abbrev = False
     add = parser.add_argument
     if kind != "plan":
-        add("words", nargs="*", metavar={"series": "N", "ab": "A.py B.py N", "aa": "TRAINER.py N"}[kind])
+        add(
+            "words",
+            nargs="*",
+            metavar={"series": "[TRAINER.py] N", "ab": "A.py B.py N", "aa": "TRAINER.py N"}[kind],
+        )
         add("--recipe", metavar="R", help="default: tiny on a CPU; with GPUs short, or sprint with --data")
         add("--data", metavar="DIR", help="folder of shards; default: the recipe's own")
         at_once = "seeds at once, each on its share of GPUs and cores, where its pair stays; default 1"
@@ -1012,7 +1017,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not args.alpha < args.power:
             raise InputError(f"--power {args.power:g} must be above --alpha {args.alpha:g}; raise it")
         return args
-    trainers = {"series": 0, "ab": 2, "aa": 1}[kind]
+    is_named = kind == "series" and args.words[:1] and args.words[0].endswith(".py")
+    trainers = {"series": int(is_named), "ab": 2, "aa": 1}[kind]
     if kind != "series" and len(args.words) < trainers + 1:
         what = "two trainer files" if kind == "ab" else "a trainer file"
         raise InputError(f"{kind} needs {what} and a number of runs: {USAGE[kind]}")

@@ -213,6 +213,29 @@ def test_other_machines_are_told_and_the_newest_record_is_the_baseline(records, 
     assert verify(records) == 0
 
 
+def test_the_contests_folder_is_written_first(empty, series, capsys, monkeypatch, tmp_path):
+    """Of the runs' own folders, beside their logs; without it there is no record."""
+    from golf import submit
+
+    made, asked = series(), []
+    out = tmp_path / "contest"
+    words = ["--track", "tiny", "--name", "new", "--claim", "systems", "--records", str(empty)]
+    words += ["--submission", str(out)]
+    assert cr.main(["accept", str(made), *words]) == 2, "these runs are none of the contest"
+    assert "name the folder of a run that ended and was checked" in capsys.readouterr().err
+    assert not (empty / "tiny" / f"{DAY}_new").exists()
+    monkeypatch.setattr(submit, "write_submission", lambda runs, out, name: asked.append((runs, out, name)))
+    assert cr.main(["accept", str(made), *words]) == 0
+    assert f"Written: {out}" in capsys.readouterr().out
+    (runs, where, name) = asked[0]
+    assert (where, name) == (out, "new")
+    assert [path.name for path in runs] == [f"run-{i:03d}" for i in range(1, 7)]
+    assert {path.parent.name[:2] for path in runs} == {"B-"}
+    out.mkdir()
+    assert cr.main(["accept", str(made), *words]) == 2
+    assert "is there; name a new folder" in capsys.readouterr().err
+
+
 def test_failed_runs_are_kept_and_counted(empty, series):
     times = {"B": (*TIMES["B"][:7], None)}
     assert accept(empty, series(n=8, times=times), "failing") == 0

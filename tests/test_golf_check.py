@@ -49,8 +49,10 @@ def run_and_data(tmp_path_factory) -> tuple[Path, Path]:
         "1",
     ]
     prepare.main(args)
-    command = [sys.executable, str(ROOT / "golf" / "train_golf.py"), "smoke", "--data", str(folder / "data")]
-    command += ["--out", str(folder / "run")] + [word for change in SMALL for word in ("--set", change)]
+    command = [sys.executable, str(ROOT / "golf" / "train_golf.py"), "--mode", "smoke"]
+    command += ["--data", str(folder / "data"), "--out", str(folder / "run")] + [
+        word for change in SMALL for word in ("--set", change)
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder / "run", folder / "data"

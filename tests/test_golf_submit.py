@@ -51,7 +51,8 @@ def make_run(folder: Path, seed: int, gpus: int = 8, dim: int = 4, code: bytes =
     meta = {
         "seed": str(seed), "data": "sha256=1", "started": "2026-05-01T10:00:00+0000",
         "world_size": max(gpus, 1),
-        "command": f"golf/train_golf.py full --data x --seed {seed} --set embed_bits=8 --out y", **machine,
+        "command": f"golf/train_golf.py --mode full --data x --seed {seed} --set embed_bits=8 --out y",
+        **machine,
     }  # fmt: skip
     checks = [
         {"number": n, "name": f"check {n}", "passed": True, "measured": f"a | b {seed}"} for n in range(1, 14)
@@ -108,7 +109,7 @@ def test_the_page_is_made_from_the_numbers(runs, tmp_path):
     page = (tmp_path / "out" / "README.md").read_text()
     assert "**1.06200 bits per byte** (sd 0.00100), n = 3" in page
     assert "| 2 | 5,000 | 1.05000 | 1.08200 | 1.06200 |" in page
-    assert "train_gpt.py full --set embed_bits=8 --data DATA --seed 1 --out run" in page
+    assert "train_gpt.py --mode full --set embed_bits=8 --data DATA --seed 1 --out run" in page
     assert "| check 13 | a / b 1 | a / b 2 | a / b 3 |" in page
     assert "not comparable" not in page
     tables = [line for line in page.splitlines() if line.startswith("|")]

@@ -23,8 +23,9 @@ from conftest import write_shard
 
 import compare_runs
 import train_gpt as tg
-from golf import artifact
+from golf import artifact, log_of
 from golf import train_golf as golf
+from recordbook import runs
 
 pytestmark = pytest.mark.usefixtures("restored")
 
@@ -483,12 +484,25 @@ def trainer(monkeypatch, capfd, golf_dir, tmp_path):
 
     def call(*options: object, mode: str = "smoke", name: str = "run", changes=()) -> tuple[int, Path, str]:
         sets = [part for change in [*TINY, *changes] for part in ("--set", change)]
-        argv = ["train_golf.py", mode, "--data", golf_dir, "--out", tmp_path / name, *sets, *options]
+        argv = ["train_golf.py", "--mode", mode, "--data", golf_dir, "--out", tmp_path / name]
+        argv += [*sets, *options]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         capfd.readouterr()
         return golf.main(), tmp_path / name, capfd.readouterr().err
 
     return call
+
+
+def test_a_run_as_run_sh_starts_it(trainer, tmp_path):
+    """RECIPE-MODE, and the name of a log; the plan's sources are those of the log."""
+    options = "--recipe", "baseline-smoke", "--out", tmp_path / "run-001.txt"
+    code, _, err = trainer(*options, changes=["score=none", "order="])
+    assert code == 0, err
+    (run,) = compare_runs.parse_log((tmp_path / "run-001.txt").read_bytes(), "run", "run")
+    assert (run.status, run.head["recipe"]) == ("complete", "baseline-smoke")
+    assert (tmp_path / "run-001" / "model.golf").exists()
+    assert log_of(tmp_path / "run-001") == tmp_path / "run-001.txt"
+    assert runs.source_of(runs.files_of(str(ROOT / "golf" / "train_golf.py"))) == run.source
 
 
 def test_a_run_and_its_files(trainer, golf_dir):
@@ -509,8 +523,7 @@ def test_a_run_and_its_files(trainer, golf_dir):
         for name in golf.CODE:
             source = (ROOT / name).read_bytes()
             assert archive.read(name) == source
-            if name != "golf/__init__.py":
-                assert f"#### source {Path(name).name} sha256={hashlib.sha256(source).hexdigest()}" in log
+            assert f"#### source {Path(name).name} sha256={hashlib.sha256(source).hexdigest()}" in log
     ledger = result["ledger_s"]
     assert {"training", "calibration", "quantise, fit, pack", "score none"} <= set(ledger)
     assert log.rstrip().endswith("status: done")

@@ -315,6 +315,10 @@ def test_a_trainer_of_another_folder_names_what_it_logs(project):
     arm = json.loads((project / "logs" / "x" / "plan.json").read_text())["arms"][1]
     assert sorted(arm["files"]) == ["c.py", "shared.py"]
     assert arm["files"]["shared.py"] == hashlib.sha256(b"1\n").hexdigest()
+    alone = run(project, "golf/c.py", "2", "--recipe", "tiny")
+    assert alone.returncode == 0, alone.stderr
+    plan = json.loads(next((project / "logs").glob("tiny*/plan.json")).read_text())
+    assert (plan["kind"], plan["arms"][0]["trainer"]) == ("series", "golf/c.py")
     (project / "shared.py").write_text("2\n")
     again = run(project, "ab", "a.py", "golf/c.py", "1", "--out", "logs/x")
     assert "arm B: shared.py was " in again.stderr
