@@ -1,5 +1,6 @@
 """Check a run of the 16 MB contest: thirteen checks, each of which must also notice what it is there for.
 
+    python golf/check.py                                 the newest run in logs/golf, of data/default
     python golf/check.py logs/golf/RUN --data data/books
 
 RUN is the folder that golf/train_golf.py wrote, DATA the prepared folder it was given. A row of CHECKS has a
@@ -101,6 +102,8 @@ class Case:
         corpus = tg.Corpus.open(data)
         tokenizer, path = golf.open_tokenizer(data, corpus)
         log = log_of(run).read_text(errors="replace")
+        if f"\ndata: sha256={corpus.sha256}\n" not in log:
+            raise InputError(f"{data}: is not the data of {run}, its log has another hash; name it: --data")
         return cls(
             run=run, data=data, result=result, log=log, corpus=corpus, manifest=manifest, tokenizer=tokenizer,
             tokenizer_path=path, ranks=ranks,
@@ -794,11 +797,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         epilog="Writes checks.json into RUN. Exit codes: 0 all passed, 1 a check failed, 2 bad input.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of train_golf.py that ended")
-    parser.add_argument("--data", type=Path, required=True, help="prepared folder that the run was given")
-    parser.add_argument("--only", metavar="N,N", help=f"these checks alone, numbers from 1 to {len(CHECKS)}")
+    add, default = parser.add_argument, ROOT / "data" / "default"
+    add("run", nargs="?", type=Path, metavar="RUN", help="folder of a run; default the newest in logs/golf")
+    add("--data", type=Path, default=default, help="prepared folder that the run was given; data/default")
+    add("--only", metavar="N,N", help=f"these checks alone, numbers from 1 to {len(CHECKS)}")
     parser.error = tg.refuse
     args = parser.parse_args(argv)
+    if args.run is None:
+        ended = [path.parent for path in Path("logs", "golf").glob("*/model.golf")]
+        if not ended:
+            raise InputError("logs/golf: holds no run that ended; train one, or name the folder of one")
+        args.run = max(ended, key=lambda run: (run / "model.golf").stat().st_mtime)
+        print(f"run: {args.run}")
     numbers = args.only.split(",") if args.only is not None else map(str, range(1, len(CHECKS) + 1))
     args.chosen = [int(n) if n.isdecimal() else 0 for n in numbers]
     if not all(1 <= n <= len(CHECKS) for n in args.chosen):

@@ -1398,6 +1398,7 @@ def run(args: argparse.Namespace, cfg: Config, ranks: tg.Ranks, stop: tg.StopReq
     if ranks.rank == 0 and (args.out / "model.golf").exists():
         raise InputError(f"{args.out}: holds a model.golf already; name another folder with --out")
     log = job.log = tg.Log(args.log, is_master=ranks.rank == 0)
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
         log.header(SOURCES, describe(args, job))
         result, faults = complete(job, stop, args.out)

@@ -206,7 +206,7 @@ WRONG = {
     "no such data": (["{run}", "--data", "gone"], "gone"),
     "check 14": (["{run}", "--data", "{data}", "--only", "14"], "from 1 to 13"),
     "check x": (["{run}", "--data", "{data}", "--only", "x"], "from 1 to 13"),
-    "no data": (["{run}"], "--data"),
+    "no run": (["--data", "{data}"], "logs/golf: holds no run"),
 }
 
 
@@ -220,6 +220,19 @@ def test_bad_input_is_one_line(case, run_and_data, capsys, tmp_path, monkeypatch
     assert stderr.count("\n") == 1
     assert stderr.startswith("check.py: error: ")
     assert why in stderr
+
+
+def test_the_newest_run_is_checked_by_default(run_and_data, tmp_path, monkeypatch, capsys):
+    run, data = run_and_data
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, tmp_path / "logs" / "golf" / "one")
+    assert check.main(["--data", str(data), "--only", "13"]) == 0
+    assert "run: logs/golf/one" in capsys.readouterr().out
+    shutil.copytree(data, tmp_path / "other")
+    with (tmp_path / "other" / "manifest.json").open("a") as file:
+        file.write(" ")
+    assert check.main(["--data", "other", "--only", "13"]) == 2
+    assert "other: is not the data of logs/golf/one" in capsys.readouterr().err
 
 
 def test_what_is_no_artifact_is_bad_input(copy, run_and_data, capsys):
