@@ -505,6 +505,25 @@ def test_a_run_as_run_sh_starts_it(trainer, tmp_path):
     assert runs.source_of(runs.files_of(str(ROOT / "golf" / "train_golf.py"))) == run.source
 
 
+def test_ablations_leave_the_run_as_it_is(trainer, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import golf_ablations
+
+    code, plain, _ = trainer(name="plain")
+    assert code == 0
+    monkeypatch.setattr(golf, "export", golf_ablations.with_ablations(golf.export))
+    code, out, err = trainer(name="ablated")
+    assert code == 0, err
+    rows = json.loads((out / "ablations.json").read_text())
+    assert list(rows)[2:] == [f"{q}, range by {c}" for q in ("gptq", "rtn") for c in ("sigma", "max")]
+    result = json.loads((out / "result.json").read_text())
+    own = rows["gptq, range by sigma"]
+    assert own["val_bpb"] == pytest.approx(result["quantized_val_bpb"], abs=1e-6)
+    assert rows["exported weights, not quantised"]["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-9)
+    assert all(row.get("fits", True) for name, row in rows.items() if "sigma" in name)
+    assert (out / "model.golf").read_bytes() == (plain / "model.golf").read_bytes()
+
+
 def test_a_run_and_its_files(trainer, golf_dir):
     code, out, _ = trainer(changes=["score=none"])
     assert code == 0
