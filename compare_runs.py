@@ -1555,6 +1555,8 @@ def main(argv: list[str] | None = None) -> int:
         text, code = subcommand(argv) or compare(argv)
     except InputError as refusal:
         text, error = getattr(refusal, "evidence", ""), refusal
+    except ModuleNotFoundError as missing:
+        error = InputError(f"package {missing.name} is not installed; pip install -r requirements.txt")
     try:
         if text:
             print(text, flush=True)

@@ -85,6 +85,9 @@ def beside_previous(content: dict) -> list[str]:
     return [*lines, "The baseline arm ran that record's program."]
 
 
+BASELINE_SOURCE = (
+    " The baseline's source is in its logs: `python compare_runs.py replay LOG FOLDER` writes it out."
+)
 CLAIMED = {
     "systems": "the maths is the same: faster, and the loss not worse by the margin",
     "ml": "the maths is not the same: faster, and the target reached",
@@ -159,8 +162,8 @@ def record_page(content: dict) -> str:
         "Every attempt that left a log. `end` is what the ledger says; only whole runs are averaged.",
         "## Evidence",
         "\n".join(facts(content)),
-        f"What ran: {files}, equal to the source in every log of {cell(arms[-1]['name'])}. "
-        "The baseline's source is in its logs: `python compare_runs.py replay LOG FOLDER` writes it out.",
+        f"What ran: {files}, equal to the source in every log of {cell(arms[-1]['name'])}."
+        + (BASELINE_SOURCE if len(arms) > 1 else ""),
         f"This page and `{RESULT}` are made from `logs/`; the check makes them again:",
         f"```bash\npython compare_runs.py verify records/{track}/{content['date']}_{content['name']}\n```",
     ]

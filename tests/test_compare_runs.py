@@ -112,6 +112,16 @@ def community_log(rows: list[str], source: str = "code = 1") -> str:
     return "\n".join([source, RULE, *versions, RULE, *rows]) + "\n"
 
 
+def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(our_log(3.27 + i / 1000, 1000 + i, seed=i, run_id=str(i)))
+    assert cr.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "package scipy.special is not installed; pip install -r requirements.txt" in error
+    assert error.count("\n") == 1
+
+
 # statistics -------------------------------------------------------------------------------------------------
 
 
