@@ -1017,7 +1017,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not args.alpha < args.power:
             raise InputError(f"--power {args.power:g} must be above --alpha {args.alpha:g}; raise it")
         return args
-    is_named = kind == "series" and args.words[:1] and args.words[0].endswith(".py")
+    is_named = "".join(args.words[:1]).endswith(".py")
     trainers = {"series": int(is_named), "ab": 2, "aa": 1}[kind]
     if kind != "series" and len(args.words) < trainers + 1:
         what = "two trainer files" if kind == "ab" else "a trainer file"

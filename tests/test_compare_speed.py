@@ -30,19 +30,16 @@ def test_the_logs_are_complete_runs():
     assert run.loss == pytest.approx(3.27, abs=1e-4)
 
 
-WORK = """
-import os, sys
-logs = sum(len(os.listdir(folder)) for folder in sys.argv[1:])
-for _ in range(60_000 * {units}): pass
-"""
+@pytest.mark.parametrize(("power", "code", "word"), [(1, 0, "pass"), (2, 1, "FAIL")])
+def test_a_linear_cost_passes_and_a_quadratic_one_fails(monkeypatch, capsys, power, code, word):
+    """A program of known cost in the place of compare_runs.py; no clock, which a busy machine would move."""
 
+    def cost(command: list[str], cpu: bool = False) -> tuple[float, float]:
+        assert cpu
+        logs = sum(len(list(Path(folder).iterdir())) for folder in command[2:])
+        return 0.1 + 0.001 * logs**power, 30.0
 
-@pytest.mark.parametrize(("units", "code", "word"), [("logs", 0, "pass"), ("(logs * logs // 80)", 1, "FAIL")])
-def test_a_linear_cost_passes_and_a_quadratic_one_fails(monkeypatch, tmp_path, capsys, units, code, word):
-    """A program of known cost in the place of compare_runs.py."""
-    script = tmp_path / "work.py"
-    script.write_text(WORK.format(units=units))
-    monkeypatch.setattr(bench, "SCRIPT", script)
+    monkeypatch.setattr(bench, "timed", cost)
     monkeypatch.setattr(bench, "SIZES", (4, 40, 80, 160))
     assert bench.main(["--only", "growth", "--repeats", "1"]) == code
     out = capsys.readouterr().out
@@ -54,7 +51,7 @@ def test_the_real_program_reads_the_logs(tmp_path):
     arms = bench.write_arms(tmp_path, 4, 30)
     seconds, mib = bench.timed([sys.executable, str(bench.SCRIPT), *arms])
     assert 0 < seconds < 60
-    assert 10 < mib < 1000
+    assert mib > 10  # no upper bound: Linux counts what this process held when it started the other
 
 
 def test_the_yardstick_may_be_missing(monkeypatch, capsys):

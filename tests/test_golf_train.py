@@ -383,7 +383,7 @@ def test_the_loss_of_both_softcaps():
         assert model.nll(x, targets).requires_grad
 
 
-def test_the_compiled_path_has_no_breaks_and_few_graphs(monkeypatch):
+def test_the_compiled_path_has_no_breaks_and_few_graphs():
     """Graphs are captured whole, as on a GPU; run without a code generator they give the same numbers."""
     captured = []
 
@@ -392,7 +392,6 @@ def test_the_compiled_path_has_no_breaks_and_few_graphs(monkeypatch):
         return graph
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     cfg = tiny()
     plain, model = disturbed(cfg), disturbed(cfg)
     forward, nll_at = (
