@@ -510,7 +510,9 @@ def test_lanes_keep_a_pair_on_its_gpus_and_wait_for_each_other(project, monkeypa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     with_gpus(project, 2)
     visible = "__import__('os').environ['CUDA_VISIBLE_DEVICES']"
-    show = f"print('gpus', {visible}, args.seed, here.stem, flush=True)\n"
+    # In one write: two programs share the pipe.
+    show = f"sys.stdout.write(' '.join(['gpus', {visible}, args.seed, here.stem]) + chr(10))\n"
+    show += "sys.stdout.flush()\n"
     for name in "ab":
         path = project / f"{name}.py"
         path.write_text(path.read_text().replace("seed = int(args.seed)\n", f"seed = int(args.seed)\n{show}"))
@@ -519,7 +521,7 @@ def test_lanes_keep_a_pair_on_its_gpus_and_wait_for_each_other(project, monkeypa
     assert result.returncode == 0, result.stderr
     shown = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("gpus")][2:]
     assert {(gpus, seed) for gpus, seed, _ in shown} == {("4", "1"), ("5", "2"), ("4", "3")}
-    assert [name for _, seed, name in shown if seed == "2"] == ["b", "a"], "ABBA within its lane"
+    assert [name for _, seed, name in shown if seed == "2"] == ["b", "a"], result.stdout
     ends = [e for e in events(project) if e["role"] == "run"]
     assert sorted(e["attempt"] for e in ends) == list(range(3, 9)), "no number twice"
     assert {(e["seed"], e["lane"]) for e in ends} == {(1, 1), (2, 2), (3, 1)}
