@@ -42,7 +42,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from golf import artifact, log_of, score, tokens  # noqa: E402
-from recordbook import statistics, tracks  # noqa: E402
+from golf.score import MODES  # noqa: E402
+from golf.train_golf import NOT_INHERITED, PARAMS, SAME_SCORE  # noqa: E402
+from recordbook import statistics  # noqa: E402
+from recordbook.tracks import GAIN_UNITS, find_track  # noqa: E402
 
 tg, InputError = golf.tg, golf.InputError
 FILES = ("model.golf", "code.zip", "result.json")  # and the log
@@ -186,7 +189,7 @@ class Case:
         if change:
             scorer.evaluator = dataclasses.replace(scorer.evaluator, nll_at=change(scorer.evaluator.nll_at))
         scorer.nll.fill_(math.nan)
-        score.MODES[mode](scorer, *((self.tokenizer.bos,) if mode == "lora" else ()))
+        MODES[mode](scorer, *((self.tokenizer.bos,) if mode == "lora" else ()))
         return scorer
 
 
@@ -236,7 +239,7 @@ def score_alone(case: Case, leak: str = "") -> tuple[dict | None, str]:
             "--val",
             *(str(p.resolve()) for p in case.corpus.val),
         ]
-        env = {key: value for key, value in os.environ.items() if key not in golf.NOT_INHERITED}
+        env = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
         env |= {"HOME": str(where), "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder)}
         env["PYTHONUSERBASE"] = site.getuserbase()  # packages that `pip install --user` put there
         done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=CHILD_S)
@@ -260,7 +263,7 @@ def decodes_alone(case: Case, leak: str = "") -> Found:
     found, why = score_alone(case, leak)
     if found is None:
         return Found(False, f"no score: {why[:160]}")
-    gap, most = abs(found["val_bpb"] - case.result["quantized_val_bpb"]), golf.SAME_SCORE[case.device]
+    gap, most = abs(found["val_bpb"] - case.result["quantized_val_bpb"]), SAME_SCORE[case.device]
     whole = found["tokens"] == len(case.stream) - 1
     # Checks 4 to 8 look at the sources beside this file: they say nothing of a code.zip that holds others.
     same = sources_of((case.run / "code.zip").read_bytes()) == sources_of(golf.pack_code())
@@ -328,7 +331,7 @@ def no_model(nll_at: Callable) -> Callable:
     return lambda rows, places, targets: torch.zeros(targets.shape, device=rows.device)
 
 
-def coverage(case: Case, cut: int = 0, modes: Sequence[str] = tuple(score.MODES)) -> Found:
+def coverage(case: Case, cut: int = 0, modes: Sequence[str] = tuple(MODES)) -> Found:
     """Every target of the stream is scored once, in every mode; `cut`: so many are left out."""
     stream, problems, checked = case.stream[-COVERED_TOKENS:], [], 0
     cases = [("none", stream, no_model), ("sliding", stream, no_model)]
@@ -385,7 +388,7 @@ def inputs_alone(case: Case, stream: np.ndarray, places: np.ndarray) -> tuple[np
     return coded, decoded
 
 
-def causality(case: Case, change: Callable = as_it_is, modes: Sequence[str] = tuple(score.MODES)) -> Found:
+def causality(case: Case, change: Callable = as_it_is, modes: Sequence[str] = tuple(MODES)) -> Found:
     """Reading another token j, or others from j on, moves no loss up to token j's own, in any mode."""
     stream, worst, count = case.probe, 0.0, 0
     for mode in modes:
@@ -504,7 +507,7 @@ def quantiser(case: Case, swapped: bool = False) -> Found:
     with torch.no_grad():
         case.model.stream(rows[:, :-1], True, tap=moments)
         hessians = moments.banks(case.ranks)
-        for row in golf.PARAMS:
+        for row in PARAMS:
             if row.kind != "matrix":
                 continue
             w, bits, hessian = (
@@ -626,7 +629,7 @@ def small_artifacts(case: Case) -> list[str]:
         command = [sys.executable, str(ROOT / "golf" / "train_golf.py"), "--mode", "smoke", "--data"]
         command += [str(small_data(case, folder / "data"))]
         command += [word for change in SMALL for word in ("--set", change)]
-        env = {key: value for key, value in os.environ.items() if key not in golf.NOT_INHERITED}
+        env = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         runs = []
         for i, seed in enumerate(SEEDS):
@@ -688,10 +691,10 @@ def significance(
 
     `unit` of the gain is nats/token, nats/byte or bits/byte. InputError with fewer than two runs of a side.
     """
-    if unit not in tracks.GAIN_UNITS:
-        raise InputError(f"unit {unit!r}: 0.005 nats of what? use one of {', '.join(tracks.GAIN_UNITS)}")
+    if unit not in GAIN_UNITS:
+        raise InputError(f"unit {unit!r}: 0.005 nats of what? use one of {', '.join(GAIN_UNITS)}")
     try:
-        return statistics.welch(new, base, "less", 0.95, -tracks.GAIN_UNITS[unit](gain, bytes_per_token)).p
+        return statistics.welch(new, base, "less", 0.95, -GAIN_UNITS[unit](gain, bytes_per_token)).p
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -707,7 +710,7 @@ def tells_units(case: Case, units: tuple[str, str] = UNITS) -> Found:
     """The test knows its unit, agrees with scipy, and refuses a single run."""
     from scipy import stats
 
-    rules = tracks.find_track("golf")
+    rules = find_track("golf")
     found = [significance(NEW_SEEDS, BASE_SEEDS, rules.gain, unit, rules.bytes_per_token) for unit in units]
     shifted = [x + rules.least_gain for x in NEW_SEEDS]
     theirs = float(stats.ttest_ind(shifted, BASE_SEEDS, equal_var=False, alternative="less").pvalue)
