@@ -304,8 +304,12 @@ def learn_chunks(scorer: Scorer, lora: Lora, chunks: Sequence[Chunk]) -> None:
 
 
 def window_lengths(longest: int) -> list[int]:
-    """Few shapes, each compiled once: a short document does not pay for a long window."""
-    return sorted({max(longest >> halvings, 1) for halvings in (0, 1, 2, 3)})
+    """Two shapes, each compiled once: short documents do not pay for long windows.
+
+    Slots are out of step with each other, so the longest document of many decides: shapes below half would
+    hardly be used, and each costs a minute of compilation.
+    """
+    return sorted({max(longest // 2, 1), longest})
 
 
 # 5. the process -------------------------------------------------------------------------------------------
