@@ -911,7 +911,7 @@ class Row:
 def values(arm: Arm, key: str) -> list[float] | None:
     """One number of each counted run, or None if a run has none; `metric` is the one compared."""
     metric = arm.metric if key == "metric" else key
-    found = [run.metrics.get(metric) if metric not in MEASURES else getattr(run, key) for run in arm.counted]
+    found = [getattr(run, key) if key in MEASURES else run.metrics.get(metric) for run in arm.counted]
     return None if None in found else found
 
 

@@ -269,7 +269,7 @@ def unused(arms: Sequence[Arm]) -> Iterator[Fact]:
 def odd_values(arms: Sequence[Arm]) -> Iterator[Fact]:
     """Outliers are flagged and counted, never dropped."""
     for arm in arms:
-        for key, what, form in (("seconds", "time", ".3f"), (arm.metric, arm.metric, ".4f")):
+        for key, what, form in (("seconds", "time", ".3f"), ("metric", arm.metric, ".4f")):
             found = values(arm, key)
             if not found or len(found) < 3:
                 continue

@@ -274,8 +274,9 @@ def test_metric_and_its_direction(pair, capsys):
     assert "is 0.0101 above 1.08" in capsys.readouterr().out
     assert cr.main([*args, *higher, "--target", "1.1"]) == 1
     assert "is 0.0099 below 1.1" in capsys.readouterr().out
-    assert cr.main([*args, "--metric", "val_acc"]) == 2
-    assert "they hold" in capsys.readouterr().err
+    for key in ("val_acc", "loss", "seconds", "bpb"):
+        assert cr.main([*args, "--metric", key, "--claim", "ml"]) == 2
+        assert f"--metric {key}: not in every log of base; they hold" in capsys.readouterr().err
 
 
 # the command line -------------------------------------------------------------------------------------------
