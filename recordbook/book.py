@@ -188,7 +188,7 @@ class Record:
 
     @property
     def gain(self) -> dict | None:
-        """What it gains over its own baseline arm (GAIN); None for a first record."""
+        """The time it gains over its own baseline arm (GAIN); None for a first record and a score."""
         return self.content["gain"]
 
     @property

@@ -165,14 +165,14 @@ def run_content(run: Run, arm: Arm, folder: Path, ended: dict[str, str]) -> dict
 
 
 def gain_of(judged: Judged, track: Track) -> dict | None:
-    """The gain in time (GAIN) by the track's test; None without a baseline arm."""
-    if len(judged.arms) < 2:
+    """The gain in time (GAIN) by the track's test; None where none is claimed: a first record, a score."""
+    p = next((reason.p for reason in judged.verdict.reasons if reason.about == "time"), None)
+    if p is None:
         return None
     key, title, _ = verdict.TIME_TESTS[track.time_test]
     result = judged.verdict.statistics[key]
     test = getattr(result, "test", result)
     base = make_row(judged.arms[0], judged.arms[0], None).time_mean
-    p = next(reason.p for reason in judged.verdict.reasons if reason.about == "time")
     return {
         "seconds": -test.difference,
         "relative": -test.difference / base,

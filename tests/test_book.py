@@ -189,6 +189,24 @@ def test_a_first_record_claims_no_gain(finished, capsys):
     assert out == [f"tiny/{FIRST}: ok", f"tiny/{FASTER}: ok", "tiny: table and plot ok"]
 
 
+def test_a_score_claims_no_gain_in_time(empty, series, capsys):
+    """The logs' val_bpb is a third of their loss: 0.02 lower is 0.0067 bits a byte; the times are equal."""
+    rules, score = empty / "tiny" / "track.toml", 'claims = ["score"]\ngain = 0.003\ngain_unit = "bits/byte"'
+    replace(rules, 'metric = "val_loss"', 'metric = "val_bpb"')
+    replace(rules, 'claims = ["systems", "ml"]', score)
+    made = series(times={"B": TIMES["A"]}, losses={"B": [x - 0.02 for x in LOSSES]})
+    assert accept(empty, made, "better", "score") == 0
+    record = book.read_record(empty / "tiny" / f"{DAY}_better")
+    assert (record.claim, record.gain) == ("score", None)
+    text = (record.folder / "README.md").read_text()
+    assert "pass: gain: val\\_bpb of B-train" in text
+    assert "Faster than" not in text
+    assert verify(empty) == 0
+    page = empty / "book.html"
+    assert cr.main(["report", "--records", str(empty), "--out", str(page)]) == 0
+    assert "better" in page.read_text()
+
+
 def test_other_machines_are_told_and_the_newest_record_is_the_baseline(records, series, capsys):
     """A time of another host is not compared with the record's."""
     b, c = conftest.SOURCES["B"], "x = 'third'\n"
