@@ -30,7 +30,6 @@ from typing import Any
 from compare_runs import InputError, Parser, printable, replace_file
 from recordbook import evidence, pages, verdict
 from recordbook.book import (
-    BASELINE,
     MADE,
     MANIFEST,
     README,
@@ -166,7 +165,7 @@ def other_faults(record: Record, others: Sequence[Record]) -> Iterator[str]:
     for other in others:
         if own & {run["sha256"] for run in other.own.runs}:
             yield f"rests on the same logs as {other.id}"
-        if record.claim == other.claim == BASELINE:
+        if record.content["previous"] is other.content["previous"] is None:
             yield f"claims to be the first record of the track, as {other.id} does"
 
 

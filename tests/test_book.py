@@ -891,6 +891,16 @@ def test_two_records_on_the_same_runs_and_two_first_ones(records, empty, finishe
     assert f"claims to be the first record of the track, as {FIRST} does" in out
 
 
+def test_a_gain_over_a_slower_program_than_the_newest_record(records, empty, series, capsys):
+    """Accepted into a book without records, then copied beside the record whose program it did not run."""
+    made = series("slow", started="2026-03-09")
+    assert accept(records, made, "slow") == 2
+    assert accept(empty, made, "slow") == 0
+    shutil.copytree(empty / "tiny" / "2026-03-09_slow", records / "tiny" / "2026-03-09_slow")
+    assert verify(records, "--write") == 1
+    assert f"slow: claims to be the first record of the track, as {FIRST} does" in capsys.readouterr().out
+
+
 def test_a_renamed_record(records, capsys):
     (records / "tiny" / FASTER).rename(records / "tiny" / "2026-03-02_faster")
     assert verify(records) == 1
