@@ -102,6 +102,7 @@ def parse_json(data: bytes, file: str) -> Any:
         value = json.loads(data, parse_float=number, parse_int=whole, parse_constant=number)
         if is_deep(value):
             raise ValueError(f"over {MOST_DEPTH} levels deep")
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return value
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({printable(str(error))}); restore it") from None

@@ -382,7 +382,8 @@ def read_attempts(folder: str) -> list[Attempt]:
     with open(os.path.join(folder, LEDGER), encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             entry = json.loads(line)
-            if not isinstance(entry, dict) or "event" not in entry:
+            is_event = isinstance(entry, dict) and "event" in entry
+            if not is_event or not isinstance(entry.get("attempt"), int | None):
                 raise ValueError(f"line {number} is no event")
             if entry["event"] in ("start", "end"):
                 merged.setdefault(entry.get("attempt"), {}).update(entry)
@@ -409,7 +410,10 @@ def read_series(folder: str) -> Series:
             plan_hash, content = hashlib.sha256(data).hexdigest(), json.loads(data)
             if not isinstance(content, dict):
                 raise ValueError(f"{PLAN} is no object")
-    except (OSError, ValueError) as error:
+            for key, kind in (("stop", dict), ("arms", list)):
+                if not isinstance(content.get(key, kind()), kind):
+                    raise ValueError(f"{key} of {PLAN} is no {kind.__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         return Series(folder, (), None, "", printable(f"{LEDGER} or {PLAN} cannot be read ({error})"))
     return Series(folder, tuple(attempts), content, plan_hash, "")
 

@@ -492,6 +492,10 @@ ALTERED = {  # name: (what is done to a series, words of the refusal)
     ),
     "plan of another machine": (lambda s: new_plan(s, machine=["other"]), "ran on host node1"),
     "plan of other data": (lambda s: new_plan(s, data_manifest="e" * 64), "data of arm A"),
+    "plan with half a character": (
+        lambda s: replace_plan(s, '"train_gpt.py"', '"\\ud800"'),
+        "plan.json: cannot be read as JSON",
+    ),
     "plan not JSON": (lambda s: (s / "plan.json").write_text("{"), "plan.json: cannot be read as JSON"),
     "plan without its hash": (
         lambda s: (s / "plan.json.sha256").unlink(),

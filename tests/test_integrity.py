@@ -304,7 +304,10 @@ def test_other_arms_of_a_ledger_are_told(arms):
     assert findings(arms)["ledger-other"].level == "warns"
 
 
-@pytest.mark.parametrize("text", ["no json\n", "[1]\n", "\xff\n", '{"a": 1}\n'])
+BROKEN = ["no json\n", "[1]\n", "\xff\n", '{"a": 1}\n', '{"event": "end", "attempt": []}\n', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_ledger_is_a_finding(arms, text):
     keep_books(arms)
     (arms / "ledger.jsonl").write_text(text, encoding="latin-1")
@@ -323,8 +326,9 @@ def test_plans(arms):
     assert "ran a source that is not in plan.json" in findings(arms)["plan"].text
     keep_books(arms, runs=6)
     assert "4 of the 6 runs of plan.json" in findings(arms)["unfinished"].text
-    plan.write_text("{")
-    assert findings(arms)["ledger"].blocks
+    for text in ("{", "null", '{"stop": true}', '{"arms": 2}'):
+        plan.write_text(text)
+        assert "plan.json cannot be read" in findings(arms)["ledger"].text
 
 
 def test_a_series_that_may_stop_early_needs_always_valid_p(arms):
