@@ -371,11 +371,11 @@ def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
         if line.startswith(b"step:"):
             if not (match := STEP.match(line)):
                 continue
-            step, total, is_val = int(match[1]), int(match[2]), b" val_loss:" in line
+            step, is_val = int(match[1]), b" val_loss:" in line
         elif line.startswith(b"s:"):
             if not (match := LLMC.match(line)):
                 continue
-            step, total, is_val = int(match[1]), 0, match[2] == b"tel"
+            step, is_val = int(match[1]), match[2] == b"tel"
         else:
             if line.startswith((b"status: ", b"stopping_early", b"final_", b"peak ")):
                 add_closing(trials[-1], line)
@@ -387,8 +387,8 @@ def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
         trial = trials[-1]
         trial.last_step = max(trial.last_step, step)
         trial.lines_after_close |= bool(trial.closing)
-        if total:
-            trial.totals.add(total)
+        if match.re is STEP:
+            trial.totals.add(int(match[2]))
             (add_val if is_val else add_train)(trial, line, step)
         elif not is_val:
             count_train(trial, step, parse_number(match[3]), None)

@@ -418,6 +418,8 @@ def test_log_cut_in_mid_line_is_never_a_shorter_number(cut):
         ("step:20/20 val_loss:3.2 train_time:nanms step_avg:1ms", "incomplete"),
         ("step:20/20 val_loss:3.2 train_time:5ms step_avg:1ms", "contradictory"),
         ("step:20/21 val_loss:3.2 train_time:30ms step_avg:1ms", "contradictory"),
+        ("step:20/0 val_loss:3.2 train_time:30ms step_avg:1ms", "contradictory"),
+        ("step:20/0 train_loss:3.2 train_time:30ms step_avg:1ms", "contradictory"),
         ("step:20/20 val_loss:three train_time:30ms step_avg:1ms", "contradictory"),
         ("step:10/20 val_loss:3.2 train_time:30ms step_avg:1ms", "contradictory"),
     ],
