@@ -39,6 +39,7 @@ from recordbook.tracks import Track
 ACCEPT, REJECT, INCONCLUSIVE = "ACCEPT", "REJECT", "INCONCLUSIVE"
 PASS, FAIL, OPEN = "pass", "fail", "open"
 POWER = 0.9  # of the number of runs that an inconclusive verdict proposes
+PRICE_ERRORS = 3.0  # standard errors by which a price of loss may be wrong where an always-valid p counts
 MOST_REPEATS = 12  # of the runs seen, when more of the same are imagined for a rank test
 
 # 1. results -----------------------------------------------------------------------------------------------
@@ -182,6 +183,18 @@ def shifted_pairs(base: Arm, candidate: Arm, track: Track, gain: float) -> stati
     return statistics.always_valid_pairs([x + gain for x in new], old)
 
 
+def adjusted_pairs(base: Arm, candidate: Arm, track: Track) -> statistics.AlwaysValid:
+    """Are the pairs faster at equal loss, at the price within PRICE_ERRORS that favours new least?"""
+    new, old = paired_metric(base, candidate, track)
+    new_times, old_times = paired_times(base, candidate)
+    error = PRICE_ERRORS * (track.seconds_per_loss_sd or 0.0)
+    k = max(0.0, track.seconds_per_loss + (error if sum(new) > sum(old) else -error))
+    return statistics.always_valid_pairs(
+        [t + k * x for t, x in zip(new_times, new, strict=True)],
+        [t + k * x for t, x in zip(old_times, old, strict=True)],
+    )
+
+
 def ordered_times(base: Arm, candidate: Arm) -> tuple[list[float], list[bool]]:
     """(times in run order, is it the candidate's)."""
     runs, _ = run_order([base, candidate])
@@ -242,6 +255,7 @@ def loss_statistics(base: Arm, candidate: Arm, track: Track, alpha: float) -> di
     if track.seconds_per_loss and all(times):
         k, sd_k = track.seconds_per_loss, track.seconds_per_loss_sd or 0.0
         found["loss_adjusted"] = partial(st.loss_adjusted, *times, new, old, k, sd_k, level=level)
+        found["loss_adjusted_always_valid_pairs"] = lambda: adjusted_pairs(base, candidate, track)
     return found
 
 
@@ -424,13 +438,19 @@ def adjusted_reason(case: Case) -> Reason | None:
     if isinstance(result, str):
         return missing(case, "adjusted", result)
     test, gain = result.test, -result.test.difference
+    name, p = "", test.p
+    if case.early_stop:
+        valid = case.found["loss_adjusted_always_valid_pairs"]
+        if isinstance(valid, str):
+            return missing(case, "adjusted", f"the series could stop early, but {valid}", fatal=True)
+        name, p = "always-valid test of pairs at the least favourable price: ", valid.p_final
     text = (
         f"adjusted: at equal {case.track.metric} {abs(gain):.4f} s {'faster' if gain > 0 else 'slower'} "
         f"({result.d_time:+.4f} s of time, {result.k * result.d_loss:+.4f} s for {result.d_loss:+.5f} at "
-        f"{result.k:g} +- {result.sd_k:g} s), standard error {test.se:.4f} s: {compared(test.p, case.alpha)}"
+        f"{result.k:g} +- {result.sd_k:g} s), standard error {test.se:.4f} s: {name}{compared(p, case.alpha)}"
     )
     needed = partial(planning.runs_needed_two_sample, gain, test.se * math.sqrt(case.n / 2), case.alpha)
-    return judged(case, "adjusted", text, test.p, 1 - test.p, gain, needed)
+    return judged(case, "adjusted", text, p, 1 - test.p, gain, needed)
 
 
 def rank_p(case: Case, new: list[float], old: list[float], repeats: int) -> float:

@@ -1,5 +1,6 @@
 """recordbook/integrity.py: every finding, its level and the files it names, from small synthetic folders."""
 
+import dataclasses
 import hashlib
 import json
 import lzma
@@ -11,6 +12,7 @@ import pytest
 import compare_runs as cr
 from recordbook import integrity as it
 from recordbook import verdict as vd
+from recordbook.statistics import always_valid
 from recordbook.tracks import find_track
 from tests.test_compare_runs import PUBLISHED, our_log, published
 
@@ -343,6 +345,24 @@ def test_a_series_that_may_stop_early_needs_always_valid_p(arms):
     time = next(reason for reason in found.reasons if reason.about == "time")
     assert "always-valid paired test, because the series could stop early" in time.text
     assert time.p == found.statistics["time_always_valid_pairs"].p_final
+
+
+def test_the_price_of_loss_in_a_series_that_may_stop_early(arms):
+    """The candidate's loss is higher, so the price that counts is 3 standard errors above the track's."""
+    keep_books(arms, rule="until-decided")
+    loaded = [cr.load_arm(str(arms / arm)) for arm in LOSSES]
+    cr.name_arms(loaded)
+    rules = vd.rules(loaded[0], 3.28, None, None)
+    priced = dataclasses.replace(rules, seconds_per_loss=10.0, seconds_per_loss_sd=1.0)
+    found = vd.decide(*loaded, priced, "ml")
+    adjusted = next(reason for reason in found.reasons if reason.about == "adjusted")
+    gaps = [
+        (TIMES["new"][i] - TIMES["base"][i]) / 1000 + 13 * (LOSSES["new"][i] - LOSSES["base"][i])
+        for i in range(4)
+    ]
+    assert adjusted.p == pytest.approx(always_valid(gaps, 0.0).p_final)
+    assert found.statistics["loss_adjusted"].test.p < 0.01 < adjusted.p  # that of a number fixed beforehand
+    assert "always-valid test of pairs at the least favourable price" in adjusted.text
 
 
 # published runs ---------------------------------------------------------------------------------------------
