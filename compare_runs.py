@@ -19,6 +19,7 @@ the verdict, the plot and the subcommands live in recordbook/, which is imported
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -29,6 +30,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -686,7 +688,7 @@ def load_arm(arg: str) -> Arm:
         if not runs:
             raise InputError(f"{printable(arg)}: no log there has a source hash that starts with {pick}")
     if all(run.head.get("started") for run in runs if run.complete):
-        runs.sort(key=lambda run: (run.head.get("started", ""), run.name))
+        runs.sort(key=started)
     return Arm(arg, "", runs, {os.path.realpath(path) for path in seen})
 
 
@@ -1379,8 +1381,12 @@ def split_arms(pooled: list[Arm], by: str) -> tuple[list[Arm], list[str]]:
 
 
 def started(run: Run) -> tuple[str, str]:
-    """Sort key: when a run started, as far as its log says it, then its name."""
-    return run.head.get("started", "~"), run.name
+    """Sort key: when a run started, as far as its log says it, then its name. In UTC if it has a zone."""
+    text = run.head.get("started", "~")
+    with contextlib.suppress(ValueError, OverflowError):
+        when = datetime.fromisoformat(text)
+        text = when.astimezone(UTC).isoformat() if when.tzinfo else text
+    return text, run.name
 
 
 def metric_of(text: str | None) -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from compare_runs import LOG_END, PACKINGS, SETTINGS, Arm, Refusal, Run, printable, some, values
+from compare_runs import LOG_END, PACKINGS, SETTINGS, Arm, Refusal, Run, printable, some, started, values
 from recordbook.drift import blocked_order, drift, drift_rule, outliers
 from recordbook.tracks import Track
 
@@ -290,7 +290,7 @@ def run_order(arms: Sequence[Arm], all_attempts: bool = False) -> tuple[list[tup
     """
     runs = [(a, r) for a in arms for r in (a.attempts if all_attempts else a.counted)]
     if all(run.head.get("started") for _, run in runs):
-        return sorted(runs, key=lambda pair: pair[1].head["started"]), "the start times in the logs"
+        return sorted(runs, key=lambda pair: started(pair[1])[0]), "the start times in the logs"
     if len({run.path for _, run in runs}) < len(runs) or not all(os.path.isfile(r.path) for _, r in runs):
         return [], "unknown"
     ended = sorted(((os.path.getmtime(run.path), arm, run) for arm, run in runs), key=lambda row: row[0])

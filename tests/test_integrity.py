@@ -210,6 +210,19 @@ def test_order_from_file_times(arms):
     assert [arm is loaded[1] for arm, _ in runs] == [bool(int(x)) for x in "01101001"]
 
 
+def test_order_over_the_end_of_summer_time(arms):
+    """Runs of ten minutes from 1:40 on; at 2:00 it is 1:00 again."""
+    clock = [f"01:{40 + 10 * i}:00-0600" if i < 2 else f"01:{10 * i - 20:02d}:00-0700" for i in range(8)]
+    for arm in LOSSES:
+        for i in range(4):
+            change(arms, arm, i, started=f"2026-11-01T{clock[SLOTS[arm][i]]}")
+    loaded = [cr.load_arm(str(arms / arm)) for arm in LOSSES]
+    runs, _ = it.run_order(loaded)
+    assert [arm is loaded[1] for arm, _ in runs] == [bool(int(x)) for x in "01101001"]
+    assert [run.name for run in loaded[1].counted] == [f"run{i}.txt" for i in range(4)]
+    assert findings(arms) == {}
+
+
 # ledger and plan --------------------------------------------------------------------------------------------
 
 
