@@ -1247,10 +1247,10 @@ def check_output(path: str | None, option: str, suffixes: tuple[str, ...], arms:
         return
     if suffixes and not path.lower().endswith(suffixes):
         raise InputError(f"{option} {printable(path)}: the name must end in one of {', '.join(suffixes)}")
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise InputError(
-            f"{option} {printable(path)}: not a file in an existing folder; create the folder first"
-        )
+    special = os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path))
+    if special or not os.path.isdir(os.path.dirname(path) or "."):
+        what = "not a file in an existing folder, or a link or a device, which is not replaced"
+        raise InputError(f"{option} {printable(path)}: {what}; create the folder first or name another file")
     if os.path.realpath(path) in {log for arm in arms for log in arm.seen}:
         raise InputError(f"{option} {printable(path)}: is one of the logs; name another file")
 

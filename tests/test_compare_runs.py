@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import math
+import os
 import subprocess
 import sys
 import time
@@ -742,6 +743,19 @@ def test_dangling_link_and_pipe(tmp_path, capsys):
     (tmp_path / "a.txt").unlink()
     os.mkfifo(tmp_path / "b.txt")
     assert "not a regular file" in refused(capsys, tmp_path)
+
+
+def test_links_and_pipes_are_not_replaced_by_output(arms, tmp_path, capsys):
+    """For root the same rename would put a file in the place of /dev/null."""
+    pipe, link = tmp_path / "pipe.svg", tmp_path / "link.svg"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/null")
+    for path in (pipe, link):
+        for option in ("--json", "--plot"):
+            assert cr.main([*map(str, arms), option, str(path)]) == 2
+            assert "or a link or a device, which is not replaced" in capsys.readouterr().err
+    assert pipe.is_fifo()
+    assert link.is_symlink()
 
 
 def test_odd_file_names_stay_on_one_line(tmp_path, capsys):
