@@ -42,6 +42,7 @@ MIN_RUNS = 2  # a sample standard deviation needs two
 PACKINGS = (".gz", ".xz", ".zst")
 LOG_SUFFIXES = tuple(kind + packed for kind in (".txt", ".log") for packed in ("", *PACKINGS))
 LOG_END = re.compile(rf"\.(txt|log)({'|'.join(map(re.escape, PACKINGS))})?(#\d+)?$")  # also of a run's name
+LARGEST = 1e50  # of a number in a log; squares stay finite below
 MOST_BYTES = 128 << 20  # of one log, unpacked; published ones have less than 1 MB
 METRIC_TITLES = {"val_loss": "Loss", "val_bpb": "bpb"}
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -223,11 +224,12 @@ class Run:
 
 
 def parse_number(text: bytes) -> float | None:
-    """A float, nan and inf included; None if the text is not a number."""
+    """A float, nan and inf included; None if the text is no number. Above 1e50 nothing is measured: inf."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return math.inf if abs(number) > LARGEST else number
 
 
 def parse_seconds(text: bytes | None) -> float | None:
@@ -344,6 +346,8 @@ def add_val(trial: Trial, line: bytes, step: int) -> None:
     bpb = parse_number(fields.get(b"val_bpb", b""))
     if bpb is not None:
         trial.bpb.append(bpb)
+        if math.isfinite(loss) and not math.isfinite(bpb):
+            trial.conflict = trial.conflict or f"val_bpb {bpb} beside a finite loss at step {step}"
 
 
 def add_closing(trial: Trial, line: bytes) -> None:
@@ -405,6 +409,7 @@ def judge(trial: Trial, ours: bool, contest: bool, cut: bool) -> tuple[str, str]
     done = trial.val[-1].step if trial.val else None
     bad = [p.step for p in trial.val if not math.isfinite(p.loss)]
     bad += [trial.train_bad] if trial.train_bad is not None else []
+    bad += [trial.last_step] if trial.final and not all(map(math.isfinite, trial.final[1:])) else []
     reason = ""
     if trial.conflict:
         return "contradictory", trial.conflict

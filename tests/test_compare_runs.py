@@ -396,6 +396,7 @@ def test_contest_log_uses_the_loss_after_quantisation():
     run = parse_one(community_log(rows + final))
     assert (run.kind, run.status, run.loss, run.bpb) == ("contest", "complete", 2.07269931, 1.22436570)
     assert parse_one(community_log(rows)).status == "incomplete"
+    assert parse_one(community_log([*rows, "final_q val_loss:2.0 val_bpb:nan"])).status == "diverged"
 
 
 @pytest.mark.parametrize("cut", range(1, 46, 4))
@@ -419,6 +420,11 @@ def test_log_cut_in_mid_line_is_never_a_shorter_number(cut):
         ("step:20/20 val_loss:3.2 train_time:nanms step_avg:1ms", "incomplete"),
         ("step:20/20 val_loss:3.2 train_time:5ms step_avg:1ms", "contradictory"),
         ("step:20/21 val_loss:3.2 train_time:30ms step_avg:1ms", "contradictory"),
+        ("step:20/20 val_loss:1e200 train_time:30ms step_avg:1ms", "diverged"),
+        ("step:20/20 val_loss:-1e200 train_time:30ms step_avg:1ms", "diverged"),
+        (f"step:20/20 val_loss:3.2 train_time:{'9' * 160}ms step_avg:1ms", "incomplete"),
+        ("step:20/20 val_loss:3.2 train_time:30ms val_bpb:nan", "contradictory"),
+        ("step:20/20 val_loss:3.2 train_time:30ms val_bpb:1e200", "contradictory"),
         ("step:20/0 val_loss:3.2 train_time:30ms step_avg:1ms", "contradictory"),
         ("step:20/0 train_loss:3.2 train_time:30ms step_avg:1ms", "contradictory"),
         ("step:20/20 val_loss:three train_time:30ms step_avg:1ms", "contradictory"),
