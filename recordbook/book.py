@@ -69,9 +69,11 @@ REASON = {"about": str, "state": str, "text": str, "p": MAYBE_NUMBER}
 FINDING = {"code": str, "level": str, "text": str, "files": [str]}
 # `id` is what tells machines apart: the UUIDs of the GPUs, or the host's name without any.
 MACHINE = {"id": str, "host": MAYBE_TEXT, "hardware": str, "driver": MAYBE_TEXT, "data": MAYBE_TEXT}
-# Of the candidate over its own baseline arm: seconds saved, the two-sided interval of that at `level`.
+# Of the candidate over its own baseline arm, above 0 if it is better: `of` is "time" (in seconds), or the
+# metric where the claim is a score; the two-sided interval of the amount at `level`.
 GAIN = {
-    "seconds": NUMBER,
+    "of": str,
+    "amount": NUMBER,
     "relative": NUMBER,
     "low": NUMBER,
     "high": NUMBER,
@@ -125,7 +127,7 @@ def unlike(content: Any) -> str:
         size = max(abs(arm["stats"][key] or 0) for key in STATS)
         if size > LARGEST or min(arm["stats"]["time_sd"], arm["stats"]["loss_sd"]) < 0:
             return f"stats of {printable(arm['name'])} is no result of measurements"
-    if (gain := content["gain"]) and not -LARGEST < gain["low"] <= gain["seconds"] <= gain["high"] < LARGEST:
+    if (gain := content["gain"]) and not -LARGEST < gain["low"] <= gain["amount"] <= gain["high"] < LARGEST:
         return "gain is no result of measurements, its interval does not hold it"
     for curve in content["curves"]:
         for point in curve["points"]:
@@ -188,7 +190,7 @@ class Record:
 
     @property
     def gain(self) -> dict | None:
-        """The time it gains over its own baseline arm (GAIN); None for a first record and a score."""
+        """What it gains over its own baseline arm (GAIN); None for a first record."""
         return self.content["gain"]
 
     @property

@@ -53,10 +53,11 @@ def probability(p: float | None) -> str:
 
 
 def gain_text(gain: dict | None) -> str:
-    """'0.1033 s (4.90%), 98% interval 0.0962 to 0.1104'."""
+    """'0.1033 s (4.90%), 98% interval 0.0962 to 0.1104'; of a score '0.0824 val_bpb (6.25%), ...'."""
     if gain is None:
         return "-"
-    sized = f"{gain['seconds']:.4f} s ({gain['relative']:.2%})"
+    unit = "s" if gain["of"] == "time" else cell(gain["of"])
+    sized = f"{gain['amount']:.4f} {unit} ({gain['relative']:.2%})"
     return f"{sized}, {gain['level']:.0%} interval {gain['low']:.4f} to {gain['high']:.4f}"
 
 
@@ -68,16 +69,19 @@ def beside_previous(content: dict) -> list[str]:
     before = content["previous"]
     if before is None:
         return ["It is the first record of the track."]
-    metric = cell(content["rules"]["metric"])
+    metric, own = cell(content["rules"]["metric"]), content["arms"][-1]["stats"]
     size = f"{before['time_mean']:.4f} s, {metric} {before['loss_mean']:.4f}"
     lines = [f"The newest record of the track was {before['record']}: {size}."]
-    if before["comparable"]:
+    if content["claim"] == "score":
+        gap = own["loss_mean"] - before["loss_mean"]
+        lines.append(f"This {metric} is {abs(gap):.4f} {'lower' if gap < 0 else 'higher'}.")
+    elif before["comparable"]:
         lines.append(
             f"The two times cannot be compared, they are from {before['comparable']}: one source differs by "
             "about 1 % between machines of one kind, as much as a record usually gains."
         )
     else:
-        gap = content["arms"][-1]["stats"]["time_mean"] - before["time_mean"]
+        gap = own["time_mean"] - before["time_mean"]
         lower = f"{abs(gap):.4f} s {'lower' if gap < 0 else 'higher'}"
         lines.append(
             f"Both are from the same machine and data, not from the same hour; this time is {lower}."
@@ -108,7 +112,8 @@ def result_lines(content: dict) -> list[str]:
     ]
     if content["gain"]:
         place = "its own baseline arm, which ran in turn with it on the same machine"
-        lines.append(f"Faster than {place}, by {gain_text(content['gain'])}.")
+        word = "Faster" if content["gain"]["of"] == "time" else "Better"
+        lines.append(f"{word} than {place}, by {gain_text(content['gain'])}.")
     return lines
 
 
@@ -194,8 +199,8 @@ def history(records: Sequence[Record]) -> list[dict]:
                 "loss_mean": stats["loss_mean"],
                 "loss_sd": stats["loss_sd"],
                 "p": stats["loss_p"],
-                "gain": gain and {key: gain[key] for key in ("seconds", "relative", "low", "high", "level")},
-                "base_mean": record.baseline.stats["time_mean"] if record.baseline else None,
+                "gain": gain
+                and {key: gain[key] for key in ("of", "amount", "relative", "low", "high", "level")},
                 "machine": letters[record.machine["id"]],
                 "hardware": record.machine["hardware"],
             }
@@ -229,12 +234,17 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
         f"of each arm, margin {track.margin:g}, time test {track.time_test}; "
         "all rules: [track.toml](track.toml)."
     )
+    across = (
+        "Compare times of one machine (M1, M2, ...) alone; across machines the gain over the arm that ran in "
+        "turn with the record is what stands."
+    )
+    if track.is_score:
+        across = f"The budget is fixed, so {cell(track.metric)} decides."
     parts = [
         f"# Track {track.name}: {cell(track.title)}",
         rules,
         grid(heads, rows, range(3, 9)),
-        "Times in seconds. p: one-sample t-test against the target. Compare times of one machine (M1, M2, "
-        "...) alone; across machines the gain over the arm that ran in turn with the record is what stands.",
+        f"Times in seconds. p: one-sample t-test against the target. {across}",
         f"![Records of track {track.name} over time]({PLOT})",
         "Made by `python compare_runs.py accept`; `verify` checks it.",
     ]
@@ -244,37 +254,41 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
 # 4. the plot ----------------------------------------------------------------------------------------------
 
 
-def draw(figure, rows: Sequence[dict], title: str) -> None:
-    """Times by machine above, gains over the own baseline arm below, by the end of the last run."""
+def draw(figure, rows: Sequence[dict], title: str, metric: str | None) -> None:
+    """Times, or the metric, by machine above, gains over the own arm below, by the end of the last run."""
     from datetime import datetime, timedelta
 
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
-    times, gains = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    tops, gains = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    mean, sd = ("loss_mean", "loss_sd") if metric else ("time_mean", "time_sd")
     for i, machine in enumerate(dict.fromkeys(row["machine"] for row in rows)):
         own, bars = [row for row in rows if row["machine"] == machine], {"capsize": 3, "ms": 4, "lw": 1}
-        means, sds = ([row[key] for row in own] for key in ("time_mean", "time_sd"))
+        means, sds = ([row[key] for row in own] for key in (mean, sd))
         label, colour = f"{machine}: {own[0]['hardware']}".replace("$", r"\$"), f"C{i % 10}"
         ends = [datetime.fromisoformat(row["finished"]) for row in own]
-        times.errorbar(ends, means, yerr=sds, fmt="o-", color=colour, label=label, **bars)
+        tops.errorbar(ends, means, yerr=sds, fmt="o-", color=colour, label=label, **bars)
         for end, row in zip(ends, own, strict=True):
             name = row["record"].partition("_")[2]
-            times.annotate(name, (end, row["time_mean"]), (6, 3), textcoords="offset points", fontsize=7)
+            tops.annotate(name, (end, row[mean]), (6, 3), textcoords="offset points", fontsize=7)
             if gain := row["gain"]:
-                scale = 100 / row["base_mean"]
-                below, above = gain["seconds"] - gain["low"], gain["high"] - gain["seconds"]
+                scale = 100 * gain["relative"] / gain["amount"]
+                below, above = gain["amount"] - gain["low"], gain["high"] - gain["amount"]
                 error = [[scale * below], [scale * above]]
                 gains.errorbar([end], [100 * gain["relative"]], yerr=error, fmt="o", color=colour, **bars)
     every = [datetime.fromisoformat(row["finished"]) for row in rows]
     margin = max(timedelta(days=1), 0.08 * (max(every) - min(every)))
-    times.set_xlim(min(every) - margin, max(every) + margin)
-    for axes, text in ((times, "time (s), sd"), (gains, "gain over its baseline\narm (%), interval")):
+    tops.set_xlim(min(every) - margin, max(every) + margin)
+    for axes, text in (
+        (tops, f"{metric or 'time (s)'}, sd"),
+        (gains, "gain over its baseline\narm (%), interval"),
+    ):
         axes.set_ylabel(text)
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="y", useOffset=False)
-    times.margins(y=0.15)
-    times.set_title(title.replace("$", r"\$"), fontsize=10)
-    times.legend(fontsize=8)
+    tops.margins(y=0.15)
+    tops.set_title(title.replace("$", r"\$"), fontsize=10)
+    tops.legend(fontsize=8)
     gains.axhline(0, color="black", lw=1)
     locator = AutoDateLocator()
     gains.xaxis.set_major_locator(locator)
@@ -296,7 +310,7 @@ def plot(track: Track, records: Sequence[Record]) -> bytes:
         matplotlib.rcdefaults()  # the settings of whoever runs it do not show
         matplotlib.rcParams |= {"svg.hashsalt": PLOT_FORMAT, "svg.fonttype": "none"}
         figure = Figure(figsize=(8, 6), layout="constrained")
-        draw(figure, rows, f"{track.name}: {track.title}")
+        draw(figure, rows, f"{track.name}: {track.title}", track.metric if track.is_score else None)
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
     data = json.dumps({"matplotlib": matplotlib.__version__, "rows": rows}, allow_nan=False)
     comment = f"<!-- {PLOT_FORMAT} {data.replace('--', '-' + chr(92) + 'u002d')} -->\n"

@@ -113,11 +113,12 @@ def loss_of(arm) -> str:
 
 
 def gain_of(record: Record) -> str:
-    """Seconds saved, their share and their interval below, as HTML."""
+    """Seconds saved, or what the metric gained, its share and its interval below, as HTML."""
     if (gain := record.gain) is None:
         return "-"
-    ends = f"{seconds_text(gain['low'])} to {seconds_text(gain['high'])}"
-    return f"{seconds_text(gain['seconds'])} ({gain['relative']:.2%})<br>{gain['level']:.0%}: {ends}"
+    form = seconds_text if gain["of"] == "time" else loss_text
+    ends = f"{form(gain['low'])} to {form(gain['high'])}"
+    return f"{form(gain['amount'])} ({gain['relative']:.2%})<br>{gain['level']:.0%}: {ends}"
 
 
 def place_of(record: Record) -> str:
@@ -179,7 +180,7 @@ def rules_of(track: Track) -> str:
     machine = f"{track.gpus} GPU{'s' * (track.gpus > 1)} named {track.hardware}"
     test = f"{TIME_TESTS[track.time_test][1]} of the training times"
     goal = f"the least training time to a mean {track.metric} {side} {track.target:g}"
-    if track.claims == ("score",):
+    if track.is_score:
         goal = f"the best mean {track.metric} of a fixed budget, {side} {track.target:g}"
     rows = [
         ("Goal", goal),
@@ -215,7 +216,8 @@ def records_table(track: Track, records: Sequence[Record]) -> str:
             safe(f"{letters[record.machine['id']]}: {record.machine['hardware']}"),
         ]
         rows.append(cells)
-    heads = ["Date", "Record", "Time, s", "Gain, s", escape(track.metric), "p", "Claim", "Runs", "Hardware"]
+    gain = "Gain" if track.is_score else "Gain, s"
+    heads = ["Date", "Record", "Time, s", gain, escape(track.metric), "p", "Claim", "Runs", "Hardware"]
     return table(f"Records of track {track.name}", heads, rows, "twnnnntnw")
 
 
@@ -231,29 +233,31 @@ def day_axis(days: Sequence[int]) -> svg.Axis:
 
 
 def history(track: Track, records: Sequence[Record], name: str) -> str:
-    """Time of each record over its date; the line breaks where times cannot be compared."""
+    """Time, or score, of each record over its date; the line breaks where they cannot be compared."""
+    stat, key, form, unit = ("time_mean", "seconds", seconds_text, "time, s")
+    if track.is_score:
+        stat, key, form, unit = ("loss_mean", "metric", loss_text, track.metric)
     days = [date.fromisoformat(record.date).toordinal() for record in records]
-    times = [record.own.stats["time_mean"] for record in records]
+    means = [record.own.stats[stat] for record in records]
     halves = [half_interval(found) if len(found) > 1 else 0.0
-              for found in (measured(record.own, "seconds") for record in records)]  # fmt: skip
-    ends = [t + sign * half for t, half in zip(times, halves, strict=True) for sign in (-1, 1)]
-    frame = svg.Frame(day_axis(days), svg.axis_of("time, s", ends))
+              for found in (measured(record.own, key) for record in records)]  # fmt: skip
+    ends = [mean + sign * half for mean, half in zip(means, halves, strict=True) for sign in (-1, 1)]
+    frame = svg.Frame(day_axis(days), svg.axis_of(unit, ends))
     marks, line = [], []
-    for i, (day, seconds) in enumerate(zip(days, times, strict=True)):
+    for i, (day, mean) in enumerate(zip(days, means, strict=True)):
         line = line and [*line, (day, line[-1][1])]
         if not_comparable(records[i]):
             marks.append(svg.path(frame, line, "step"))
             line = []
-        line.append((day, seconds))
+        line.append((day, mean))
     marks.append(svg.path(frame, [*line, (frame.x_axis.high, line[-1][1])], "step"))
-    for day, seconds, half in zip(days, times, halves, strict=True):
-        marks.append(svg.path(frame, [(day, seconds - half), (day, seconds + half)], "span"))
-        marks.append(svg.point(frame, day, seconds, "new-point"))
-    said = "; ".join(
-        f"{r.date} {printable(r.name)}: {seconds_text(t)} s" for r, t in zip(records, times, strict=True)
-    )
-    drawing = svg.chart(name, f"Record time of track {track.name} over the date", said, frame, marks)
-    caption = "Record time over the date; bars: 95 % interval of the mean."
+    for day, mean, half in zip(days, means, halves, strict=True):
+        marks.append(svg.path(frame, [(day, mean - half), (day, mean + half)], "span"))
+        marks.append(svg.point(frame, day, mean, "new-point"))
+    said = "; ".join(f"{r.date} {printable(r.name)}: {form(x)}" for r, x in zip(records, means, strict=True))
+    what = f"Record {unit.partition(',')[0]}"
+    drawing = svg.chart(name, f"{what} of track {track.name} over the date", said, frame, marks)
+    caption = f"{escape(what)} over the date; bars: 95 % interval of the mean."
     broken = " The line breaks where machine or data changed." if any(map(not_comparable, records)) else ""
     return figure(drawing, caption + broken)
 
@@ -452,8 +456,9 @@ def track_section(track: Track, records: Sequence[Record]) -> str:
 
 READING = """<p>Every record is a set of runs that the rules of its track accept, compared with a baseline on
 one machine. ± is half of the 95 % interval of the mean. <em>Gain</em> is the time saved against the record's
-own baseline, with the interval of its test; <em>p</em> the largest p-value of the tests that the claim needs:
-small means that noise hardly explains it. Times of different machines cannot be compared.</p>"""
+own baseline, or the score won where the time is fixed, with the interval of its test; <em>p</em> the largest
+p-value of the tests that the claim needs: small means that noise hardly explains it. Times of different
+machines cannot be compared.</p>"""
 
 
 def page(book: Sequence[tuple[Track, Sequence[Record]]]) -> str:

@@ -165,17 +165,23 @@ def run_content(run: Run, arm: Arm, folder: Path, ended: dict[str, str]) -> dict
 
 
 def gain_of(judged: Judged, track: Track) -> dict | None:
-    """The gain in time (GAIN) by the track's test; None where none is claimed: a first record, a score."""
-    p = next((reason.p for reason in judged.verdict.reasons if reason.about == "time"), None)
-    if p is None:
+    """What is claimed (GAIN): a metric by Welch's test, or time by the track's; None for a first record."""
+    found = {r.about: r.p for r in judged.verdict.reasons}
+    base = make_row(judged.arms[0], judged.arms[0], None)
+    if "gain" in found:
+        of, mean, p = track.metric, base.loss_mean, found["gain"]
+        key, title = "loss_gain", "Welch's one-sided t-test"
+    elif "time" in found:
+        of, mean, p = "time", base.time_mean, found["time"]
+        key, title, _ = verdict.TIME_TESTS[track.time_test]
+    else:
         return None
-    key, title, _ = verdict.TIME_TESTS[track.time_test]
     result = judged.verdict.statistics[key]
     test = getattr(result, "test", result)
-    base = make_row(judged.arms[0], judged.arms[0], None).time_mean
     return {
-        "seconds": -test.difference,
-        "relative": -test.difference / base,
+        "of": of,
+        "amount": -test.difference,
+        "relative": -test.difference / abs(mean),
         "low": -test.high,
         "high": -test.low,
         "level": test.level,

@@ -60,6 +60,11 @@ class Track:
         """`gain` in bits a byte, the unit of val_bpb."""
         return GAIN_UNITS[self.gain_unit](self.gain, self.bytes_per_token)
 
+    @property
+    def is_score(self) -> bool:
+        """Whether the budget is fixed and the metric alone decides."""
+        return self.claims == ("score",)
+
     def reaches(self, value: float) -> bool:
         """Whether a value of the metric is on the good side of the target, the target itself included."""
         return value <= self.target if self.direction == "lower" else value >= self.target

@@ -132,7 +132,7 @@ def test_the_numbers_are_those_of_other_programs(finished):
     assert found["loss_mean"] == pytest.approx(statistics.mean(LOSSES[:6]), rel=1e-12)
     assert found["loss_p"] == pytest.approx(stats.ttest_1samp(LOSSES[:6], 4.15, alternative="less").pvalue)
     test = stats.ttest_rel(old, new)
-    assert record.gain["seconds"] == pytest.approx(statistics.mean(old) - statistics.mean(new))
+    assert record.gain["amount"] == pytest.approx(statistics.mean(old) - statistics.mean(new))
     assert record.gain["p"] == pytest.approx(test.pvalue / 2)
     low, high = test.confidence_interval(record.gain["level"])
     assert (record.gain["low"], record.gain["high"]) == pytest.approx((low, high))
@@ -189,7 +189,7 @@ def test_a_first_record_claims_no_gain(finished, capsys):
     assert out == [f"tiny/{FIRST}: ok", f"tiny/{FASTER}: ok", "tiny: table and plot ok"]
 
 
-def test_a_score_claims_no_gain_in_time(empty, series, capsys):
+def test_a_score_gains_in_its_metric(empty, series, capsys):
     """The logs' val_bpb is a third of their loss: 0.02 lower is 0.0067 bits a byte; the times are equal."""
     rules, score = empty / "tiny" / "track.toml", 'claims = ["score"]\ngain = 0.003\ngain_unit = "bits/byte"'
     replace(rules, 'metric = "val_loss"', 'metric = "val_bpb"')
@@ -197,10 +197,17 @@ def test_a_score_claims_no_gain_in_time(empty, series, capsys):
     made = series(times={"B": TIMES["A"]}, losses={"B": [x - 0.02 for x in LOSSES]})
     assert accept(empty, made, "better", "score") == 0
     record = book.read_record(empty / "tiny" / f"{DAY}_better")
-    assert (record.claim, record.gain) == ("score", None)
+    assert (record.claim, record.gain["of"]) == ("score", "val_bpb")
+    old, new = ([round((x - by) / 3, 4) for x in LOSSES[:6]] for by in (0, 0.02))
+    assert record.gain["amount"] == pytest.approx(statistics.mean(old) - statistics.mean(new))
+    test = stats.ttest_ind(old, new, equal_var=False)
+    low, high = test.confidence_interval(record.gain["level"])
+    assert (record.gain["low"], record.gain["high"]) == pytest.approx((low, high))
     text = (record.folder / "README.md").read_text()
     assert "pass: gain: val\\_bpb of B-train" in text
     assert "Faster than" not in text
+    assert "Better than its own baseline arm" in text
+    assert "val_bpb, sd" in (record.folder.parent / "history.svg").read_text()
     assert verify(empty) == 0
     page = empty / "book.html"
     assert cr.main(["report", "--records", str(empty), "--out", str(page)]) == 0
@@ -922,7 +929,7 @@ def test_write_makes_pages_again_but_not_evidence(records, capsys):
     before = tree(records)
     record = records / "tiny" / FASTER
     replace(record / "README.md", "2.0050", "1.0050")
-    set_result(record, lambda c: c.update(gain=c["gain"] | {"seconds": 0.11}))
+    set_result(record, lambda c: c.update(gain=c["gain"] | {"amount": 0.11}))
     (records / "tiny" / "README.md").unlink()
     first = records / "tiny" / FIRST / "result.json"  # which the later record names with its time
     replace(first, '"time_mean": 2.108', '"time_mean": 2.208')

@@ -157,7 +157,7 @@ def test_the_table_of_a_track(book, page):
         "2026-04-05",
         "second-one",
         f"{stats['time_mean']:.4f} ± {half_interval(seconds):.4f}",
-        f"{gain['seconds']:.4f} ({gain['relative']:.2%})"
+        f"{gain['amount']:.4f} ({gain['relative']:.2%})"
         f"{gain['level']:.0%}: {gain['low']:.4f} to {gain['high']:.4f}",
         f"{stats['loss_mean']:.4f} ± {half_interval(LOSSES['B'][:-1]):.4f}",
         f"{second.content['verdict']['p']:.3g}",
