@@ -170,7 +170,11 @@ def batches(sources: list[Source], progress: Callable[[int], object]) -> Iterato
 
 def _has_separator(source: Source) -> bool:
     with open_source(source, lambda count: None) as file:
-        return any(line.rstrip(b"\r\n") == SEPARATOR for line in _lines(file))
+        return any(map(_is_separator, _lines(file)))
+
+
+def _is_separator(line: bytes) -> bool:
+    return line.removeprefix(BOM.encode()).rstrip(b"\r\n") == SEPARATOR
 
 
 def _lines(file: io.BufferedReader) -> Iterator[bytes]:
@@ -195,7 +199,7 @@ def _separated(file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
     offset = begin = 0
     held: list[bytes] = []
     for line in _lines(file):
-        if line.rstrip(b"\r\n") == SEPARATOR:
+        if _is_separator(line):
             yield begin, b"".join(held)
             held, begin = [], offset + len(line)
         else:

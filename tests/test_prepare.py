@@ -190,6 +190,15 @@ def test_txt_with_separators(tmp_path):
     assert documents_of(path) == ["one\r\n\r\ntwo", "three <|endoftext|>", "four"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_separator(tmp_path):
+    """At the beginning of a file, and inside one that was put together from such files."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf<|endoftext|>\none\n\n\xef\xbb\xbf<|endoftext|>\r\ntwo\n")
+    assert documents_of(path) == ["", "one", "two"]
+    path.write_bytes(b"\xef\xbb\xbf<|endoftext|>\none\n")  # the only one
+    assert documents_of(path) == ["", "one"]
+
+
 def test_txt_without_separators_is_cut_at_blank_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "DOC_CHARS", 300)
     paragraphs = [prose(i, 20) for i in range(40)] + ["\u00e9" * 250]
