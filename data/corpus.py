@@ -260,10 +260,10 @@ def texts(batch: Batch) -> Iterator[tuple[str, str]]:
             continue
         where = f"{batch.path}:{place}"
         part = part.removeprefix(BOM.encode()) if place == 1 else part
-        if part.isspace():
+        if not part.strip():
             continue
         try:
-            row = json.loads(part.decode())
+            row = json.loads(part.decode(), parse_int=float)  # int() refuses more than 4,300 digits
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(f"{where}, byte {error.start:,} of the line")) from None
         except (json.JSONDecodeError, RecursionError) as error:

@@ -237,6 +237,12 @@ def test_jsonl_text_is_taken_as_it_is(tmp_path):
     assert documents_of(path) == TRICKY
 
 
+def test_jsonl_with_numbers_of_any_length(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "n": %s}\n{"n": -7, "text": "b"}\n' % ("1" * 5000))
+    assert documents_of(path) == ["a", "b"]
+
+
 @pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
 def test_packed_files_read_the_same_and_damage_is_told(tmp_path, packing):
     import zstandard
@@ -594,6 +600,12 @@ WRONG = {
         "no string field",
     ),
     "json list": ({"a.jsonl": b"[1]"}, "a.jsonl --out o --tokenizer bytes", "a.jsonl:1: no string field"),
+    "text a number": ({"a.jsonl": b'{"text": 5}'}, "a.jsonl --out o --tokenizer bytes", "no string field"),
+    "byte order mark alone": (
+        {"a.jsonl": b"\xef\xbb\xbf"},
+        "a.jsonl --out o --tokenizer bytes",
+        "a.jsonl: no text",
+    ),
     "half surrogate": ({"a.jsonl": b'{"text": "\\ud800"}'}, "a.jsonl --out o --tokenizer bytes", "surrogate"),
     "empty corpus": ({"a.txt": b" \n\n "}, "a.txt --out o --tokenizer bytes", "a.txt: no text"),
     "empty val": ({"a.txt": b"x"}, "a.txt --out o --tokenizer bytes --val-fraction 1e-9", "validation empty"),
