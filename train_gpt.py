@@ -283,15 +283,15 @@ class Ranks:
     @classmethod
     def from_torchrun(cls) -> "Ranks":
         """Read torchrun's environment; a single process where there is none. Starts no process group."""
-        given = [os.environ.get(*of) for of in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))]
-        if not all(number.isdecimal() for number in given):
-            raise InputError(f"RANK, LOCAL_RANK, WORLD_SIZE are {given}, not numbers; torchrun sets them")
-        rank, local, world = map(int, given)
+        names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+        given = [os.environ.get(*of) for of in zip(names, "0011", strict=True)]
+        if not all(number.isdecimal() for number in given) or int(given[0]) >= int(given[2]):
+            raise InputError(f"{', '.join(names)} are {given}, which is no rank of a world; use torchrun")
+        rank, local, world, here = map(int, given)
         if not torch.cuda.is_available():
             return cls(rank, world, torch.device("cpu"))
-        count = torch.cuda.device_count()
-        if local >= count:
-            raise InputError(f"local rank {local} has no GPU among {count}; --nproc_per_node={count}")
+        if (here := max(local + 1, min(here, world))) > (count := torch.cuda.device_count()):
+            raise InputError(f"{here} processes on a host with {count} GPUs; use --nproc_per_node={count}")
         return cls(rank, world, torch.device("cuda", local))
 
     def sum(self, values: Tensor) -> Tensor:
@@ -1490,7 +1490,7 @@ def main() -> int:
         return run(parse(), Ranks.from_torchrun(), StopRequest())
     except (InputError, OSError, Ended) as error:  # OSError: a full disk, a shard that went away
         message, code = error.args if isinstance(error, Ended) else (f"error: {error}", 2)
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of each host: it alone may lack something
             print(f"train_gpt.py: {message}", file=sys.stderr)
         return code
 

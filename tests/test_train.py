@@ -596,6 +596,46 @@ def test_a_world_size_that_does_not_divide(trainer, tmp_path, monkeypatch, rank)
         assert outcome.stderr == ""
 
 
+def set_ranks(monkeypatch, rank: object, local: object, world: object, here: object) -> None:
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+    for name, value in zip(names, (rank, local, world, here), strict=True):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_more_processes_than_gpus(trainer, monkeypatch, rank):
+    """The ranks that have a GPU refuse too, or the first, which alone speaks, would not say it."""
+    set_ranks(monkeypatch, rank, rank, 3, 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    outcome = trainer()
+    assert outcome.code == 2
+    if rank == 0:
+        assert_refused(outcome, "3 processes", "2 GPUs", "--nproc_per_node=2")
+    else:
+        assert outcome.stderr == ""
+
+
+def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
+    """Without RANK and WORLD_SIZE: a child of a rank that was given one of its GPUs."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert tg.Ranks.from_torchrun() == tg.Ranks(0, 1, torch.device("cuda", 0))
+
+
+def test_each_host_says_what_it_lacks(trainer, tmp_path, monkeypatch):
+    """The second host of two has no data: its first process is rank 1."""
+    set_ranks(monkeypatch, 1, 0, 2, 1)
+    assert_refused(trainer("--data", tmp_path / "nowhere"), "nowhere", "manifest.json")
+
+
+@pytest.mark.parametrize("ranks", [(1, 0, 1, 1), (0, 0, 0, 1), ("x", 0, 1, 1)], ids=str)
+def test_an_environment_that_is_no_rank_of_a_world(trainer, monkeypatch, ranks):
+    set_ranks(monkeypatch, *ranks)
+    assert_refused(trainer(), "RANK", f"'{ranks[0]}'", "use torchrun")
+
+
 @pytest.mark.parametrize("options", [["--seed", "x"], ["--no-such-option"], ["--checkpoint-every", "1.5"]])
 def test_options_that_cannot_be_read(trainer, options):
     assert_refused(trainer(*options), options[0])
