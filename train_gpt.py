@@ -338,7 +338,7 @@ class Log:
         self.path, self.is_master = path, is_master
         self.file, self.meta, self.live = None, {}, ""
         if is_master:
-            beside = [path.with_suffix(suffix) for suffix in (".json", ".ckpt")]
+            beside = [path.parent / f"{path.stem}{suffix}" for suffix in (".json", ".ckpt")]
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path in beside or any(other.exists() for other in beside):

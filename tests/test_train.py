@@ -563,6 +563,8 @@ REFUSALS = {  # options after the good ones, what the message names
     "log under a file": (["--out", "{tmp}/file/log.txt"], ["{tmp}/file/log.txt", "--out"]),
     "log exists": (["--out", "{tmp}/file"], ["{tmp}/file", "--out", "exists"]),
     "log is a folder": (["--out", "{tmp}/folder"], ["{tmp}/folder", "--out"]),
+    "log without a name": (["--out", ""], ["log .:", "--out"]),
+    "log is the root": (["--out", "/"], ["log /:", "--out"]),
 }
 
 
