@@ -1260,7 +1260,7 @@ def validate(job: Job, sched: Sched, limit: int | None = None) -> tuple[float, f
     return nats / val.num_tokens, nats / math.log(2) / val.num_bytes
 
 
-class Ended(Exception):
+class Ended(BaseException):  # a signal raises it anywhere: no `except Exception` on the way may take it
     """The run ends before its schedule does; its arguments are the log's status and the exit code."""
 
 

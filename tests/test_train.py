@@ -524,6 +524,14 @@ def test_a_signal_before_the_loop(trainer, monkeypatch, where):
         assert re.match("status: interrupted at .*start", outcome.lines[-1])
 
 
+def test_a_signal_passes_through_whoever_catches_everything(trainer, baseline, monkeypatch):
+    """Reading a checkpoint is one such place; importing an attention package and torch.compile are others."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    outcome = trainer("--resume", baseline.checkpoints[4])
+    assert outcome.code == 130
+    assert outcome.stderr == "train_gpt.py: interrupted at the start\n"
+
+
 def test_a_crash_closes_the_log(trainer, monkeypatch, tmp_path):
     def broken(*_, **__):
         raise RuntimeError("first line\nsecond line")
