@@ -378,10 +378,9 @@ class Log:
             lines = source.decode().removesuffix("\n").split("\n")
             digest = hashlib.sha256(source).hexdigest()
             self.write("\n".join([f"#### source {path.name} sha256={digest} lines={len(lines)}", *lines]))
-        triton = getattr(kernels.triton, "__version__", None)
-        python = sys.version.replace("\n", " ")
-        built = f"{torch.__version__} compiled for CUDA {torch.version.cuda}"
-        versions = f"Running Python {python}", f"Running PyTorch {built}", f"Running Triton version {triton}"
+        versions = ["Running Python " + sys.version.replace("\n", " ")]
+        versions += [f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"]
+        versions += [f"Running Triton version {getattr(kernels.triton, '__version__', None)}"]
         conditions = (f"{key}: {value}" for key, value in self.meta.items())
         self.write("\n".join(["=" * 100, *versions, *conditions, "=" * 100]))
 
@@ -407,6 +406,8 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
+        raise InputError(f"{path} cannot be written ({error}); free space or name another --out") from None
     finally:
         temporary.unlink(missing_ok=True)
 

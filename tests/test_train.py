@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -425,26 +426,31 @@ def test_foreign_checkpoints_are_refused(trainer, baseline, tmp_path, monkeypatc
     assert not list(outcome.log.parent.glob("*")), "a refused run leaves files"
 
 
-def test_a_checkpoint_is_replaced_whole(trainer, tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk():
+    """Call it: from then on files end at 0.5 MiB, which is less than a checkpoint and more than a log."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_is_replaced_whole(trainer, tmp_path, monkeypatch, full_disk):
     """Writing fails half-way at the second one: the first is still there and good, no leftover beside it."""
-    save, calls = torch.save, []
+    save, calls = tg.Job.save, []
 
-    def breaking(saved, path):
-        calls.append(saved["step"])
-        save(saved, path)
+    def breaking(job, step):
+        calls.append(step)
         if len(calls) == 2:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+            full_disk()
+        save(job, step)
 
-    monkeypatch.setattr(torch, "save", breaking)
-    outcome = trainer("--checkpoint-every", 3, out=tmp_path / "full" / "log.txt")
-    assert outcome.code == 2
-    assert outcome.stderr == "train_gpt.py: error: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(tg.Job, "save", breaking)
     folder = tmp_path / "full"
+    outcome = trainer("--checkpoint-every", 3, out=folder / "log.txt")
+    assert_refused(outcome, f"{folder / 'log.ckpt'} cannot be written", "free space")
     assert state_in(folder / "log.ckpt")["step"] == 3
     assert sorted(p.name for p in folder.iterdir()) == ["log.ckpt", "log.json", "log.txt"]
-    last = (folder / "log.txt").read_text().split("\n")[-2]
-    assert last.startswith("status: crashed: OSError: ")
+    assert outcome.lines[-1].startswith("status: crashed: InputError: ")
 
 
 # --- divergence and signals --------------------------------------------------------------------------------
