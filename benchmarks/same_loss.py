@@ -107,8 +107,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder of shards; default as for train_gpt.py")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm; default 3")
     parser.add_argument("--steps", type=int, default=8, help="of each stage; default 8")
-    args = parser.parse_args()
+    parser.error = tg.refuse
     try:
+        args = parser.parse_args()
         if args.recipe not in tg.RECIPES or args.seeds < 1 or args.steps < 2:
             found = f"--recipe {args.recipe}, --seeds {args.seeds}, --steps {args.steps}"
             raise tg.InputError(
@@ -117,9 +118,10 @@ def main() -> int:
         args.data = args.data or tg.parse(["--recipe", args.recipe]).data
         with tempfile.TemporaryDirectory() as args.folder:
             compare(args)
-    except tg.InputError as error:
-        print(f"same_loss.py: error: {error}", file=sys.stderr)
-        return 2
+    except (tg.InputError, OSError, tg.Ended) as error:
+        message, code = error.args if isinstance(error, tg.Ended) else (f"error: {error}", 2)
+        print(f"same_loss.py: {message}", file=sys.stderr)
+        return code
     return 0
 
 

@@ -29,13 +29,30 @@ def test_the_interval():
     assert same_loss.interval([1.0, 1.2], [1.1, 1.3]) == "-0.1000, 95 % interval -0.7085 to +0.5085"
 
 
-@pytest.mark.parametrize("options", [["--recipe", "none"], ["--seeds", "0"], ["--steps", "1"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [["--recipe", "none"], ["--seeds", "0"], ["--steps", "1"], ["--seeds", "x"], ["--fast"]],
+    ids=str,
+)
 def test_bad_input_is_one_line(options):
     command = [sys.executable, str(ROOT / "benchmarks" / "same_loss.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("same_loss.py: error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "end", [("interrupted at step 3: asked to by a signal", 130), ("diverged", 3)], ids=str
+)
+def test_a_run_that_ends_early_is_one_line(monkeypatch, capsys, end):
+    def compare(args):
+        raise tg.Ended(*end)
+
+    monkeypatch.setattr(same_loss, "compare", compare)
+    monkeypatch.setattr(sys, "argv", ["same_loss.py"])
+    assert same_loss.main() == end[1]
+    assert capsys.readouterr().err == f"same_loss.py: {end[0]}\n"
 
 
 @pytest.mark.slow
