@@ -25,7 +25,7 @@ hash_of() { python -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1
 
 environment() {  # a virtual environment, if none is active
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        if [ ! -x .venv/bin/python ]; then
+        if [ ! -x .venv/bin/python ] || [ ! -e .venv/bin/activate ]; then  # an interrupted venv has no activate
             local python
             for python in python3.13 python3.12 python3.11 python3 python; do
                 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -38,8 +38,8 @@ environment() {  # a virtual environment, if none is active
         # shellcheck disable=SC1091
         source .venv/bin/activate
     fi
-    python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        die "the active environment has $(python --version); Splits needs Python 3.11 or newer"
+    python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        die "the active environment has $(python --version 2>/dev/null || echo no python); Splits needs Python 3.11 or newer"
 }
 
 packages() {  # the pinned packages, once

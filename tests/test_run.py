@@ -186,6 +186,36 @@ def test_one_run_makes_no_table(project):
     assert "no table" in result.stdout
 
 
+def outside(project: Path, path: str, **more: str) -> subprocess.CompletedProcess:
+    """`bash run.sh setup` with no environment active but what `more` says."""
+    unset = ("VIRTUAL_ENV", "CONDA_PREFIX")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    command, environment = ["bash", "run.sh", "setup"], environment | {"PATH": path} | more
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_setup_that_was_interrupted_is_made_again(project):
+    """Ctrl-C while venv installs pip leaves a .venv with Python in it, and nothing that activates it."""
+    (project / "requirements.txt").write_text("")
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    result = outside(project, f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stderr
+    assert (project / ".venv" / "bin" / "activate").exists()
+
+
+def test_an_environment_without_python_is_one_line(project, tmp_path_factory):
+    """As one that conda made empty."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name in ("bash", "dirname"):
+        (folder / name).symlink_to(shutil.which(name))
+    result = outside(project, str(folder), CONDA_PREFIX=str(folder))
+    assert result.returncode == 2
+    assert result.stderr == (
+        "run.sh: error: the active environment has no python; Splits needs Python 3.11 or newer\n"
+    )
+
+
 def test_help_needs_no_setup(project):
     result = run(project, "--help")
     assert result.returncode == 0
