@@ -343,7 +343,7 @@ class Log:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path in beside or any(other.exists() for other in beside):
                     raise FileExistsError(0, f"it, {beside[0].name} or {beside[1].name} would be overwritten")
-                self.file = path.open("x", encoding="utf-8")
+                self.file = path.open("x", encoding="utf-8", errors="backslashreplace")
             except OSError as error:  # FileExistsError too: a log is never overwritten
                 raise InputError(f"log {path}: {error.strerror}; name another with --out") from None
 

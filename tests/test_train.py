@@ -277,6 +277,16 @@ def test_compare_runs_reads_the_logs(trainer, baseline, tmp_path, capfd):
         assert set(read["sources"]) == {"train_gpt.py", "triton_kernels.py"}
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS refuses such names")
+def test_a_path_that_is_no_utf8(trainer, monkeypatch, tmp_path):
+    """Linux takes any bytes for a name; the log holds them escaped, and stays UTF-8."""
+    monkeypatch.setattr(tg, "warm_up", lambda job: None)
+    monkeypatch.setattr(tg, "train", lambda job, stop: {})
+    outcome = trainer(out=tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    assert outcome.code == 0
+    assert r"caf\udce9.txt" in next(line for line in outcome.lines if line.startswith("command: "))
+
+
 def test_the_header_survives_a_triton_without_package_data(trainer, monkeypatch):
     """Nightly builds and source trees bring the module `triton` under another package's name."""
 
