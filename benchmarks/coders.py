@@ -89,7 +89,7 @@ def main() -> int:
             compare(f"{kind} weights, int{bits}, k {k:g}", [quantised(weights, bits, k)])
         return 0
     try:
-        _, tensors = artifact.unpack((args.run / "model.golf").read_bytes())
+        _, tensors = artifact.unpack(artifact.read(args.run / "model.golf"))
     except (OSError, artifact.ArtifactError) as error:
         print(f"coders.py: error: {error}", file=sys.stderr)
         return 2

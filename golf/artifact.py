@@ -23,6 +23,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -324,6 +325,14 @@ class _Tensor:
         return [self.size, *[math.prod(self.scale_shape)] * 2]
 
 
+def read(path: Path) -> bytes:
+    """What a file holds. ArtifactError where that is more than the cap: then most of it is not read."""
+    with path.open("rb") as file:
+        data = file.read(CAP_BYTES + 1)
+    _require(len(data) <= CAP_BYTES, f"{path}: more than {CAP_BYTES:,} bytes; quantise further")
+    return data
+
+
 def unpack(data: bytes) -> tuple[dict, dict[str, Quantized]]:
     """(meta, tensors) of an artifact. Raises ArtifactError for all that `pack` did not write."""
     _require(
@@ -394,13 +403,21 @@ def _no_constant(text: str):
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is beyond all floats")
+    return float(text)
+
+
 def _layout(text: bytes, num_bytes: int) -> tuple[dict, list[np.ndarray], list[_Tensor]]:
     """(meta, tables with the uniform one, tensor rows) of a header in a file of num_bytes, all checked."""
     _require(
         len(text) <= HEADER_BYTES, f"a header of {len(text):,} bytes, not {HEADER_BYTES:,} at most; cut meta"
     )
     try:
-        head = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        head = json.loads(
+            text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"the header is not JSON ({str(error)[:80]!r}); {DAMAGED}") from None
     sound = type(head) is dict and set(head) == {"meta", "tables", "tensors"} and type(head["meta"]) is dict

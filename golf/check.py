@@ -118,7 +118,7 @@ class Case:
 
     @functools.cached_property
     def packed(self) -> bytes:
-        return (self.run / "model.golf").read_bytes()
+        return artifact.read(self.run / "model.golf")
 
     @functools.cached_property
     def contents(self) -> tuple[dict, dict[str, artifact.Quantized]]:

@@ -315,7 +315,7 @@ def window_lengths(longest: int) -> list[int]:
 # 5. the process -------------------------------------------------------------------------------------------
 def load_model(path: Path, vocab: tokens.Tokenizer, device: torch.device) -> golf.Golf:
     """The model that an artifact holds, nothing else read. InputError where it is of another tokenizer."""
-    meta, tensors = artifact.unpack(path.read_bytes())
+    meta, tensors = artifact.unpack(artifact.read(path))
     try:
         row = {
             key: tuple(value) if isinstance(value, list) else value for key, value in meta["config"].items()

@@ -73,7 +73,7 @@ def read_run(folder: Path) -> Seed:
     twin = log_of(folder).with_suffix(".json")
     checks, result, log = map(read_json, (folder / "checks.json", folder / "result.json", twin))
     try:
-        packed, code = ((folder / name).read_bytes() for name in ("model.golf", "code.zip"))
+        packed, code = (artifact.read(folder / name) for name in ("model.golf", "code.zip"))
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; name the folder of a run that ended") from None
     if checks.get("artifact_sha256") != hashlib.sha256(packed).hexdigest():

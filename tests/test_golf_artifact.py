@@ -345,6 +345,7 @@ HOSTILE = {
     "nested too deep": (built(nested(200_000), PAYLOAD), "not JSON"),
     "a number of 5,000 digits": (built(b'{"meta":{"a":' + b"9" * 5000 + b"}}", PAYLOAD), "not JSON"),
     "NaN in meta": (built(b'{"meta":{"a":NaN},"tables":[],"tensors":[]}', PAYLOAD), "not JSON"),
+    "infinity in meta": (built(b'{"meta":{"a":-1e999},"tables":[],"tensors":[]}', PAYLOAD), "not JSON"),
     "a key twice": (built(b'{"meta":{},"meta":{},"tables":[],"tensors":[]}', PAYLOAD), "a key twice"),
     "a list": (built([], PAYLOAD), "meta, tables and tensors"),
     "a key more": (changed(lambda h: h.update(more=1)), "meta, tables and tensors"),
@@ -381,6 +382,22 @@ HOSTILE = {
     "2**40 symbols in no bytes": (endless(1 << 20, 1 << 20), "symbols in"),
     "2 million symbols in 150 bytes": (endless(1000, 2000), "symbols in"),
 }  # fmt: skip
+
+
+def test_a_file_over_the_cap_is_not_read(tmp_path):
+    path = tmp_path / "model.golf"
+    path.write_bytes(DATA)
+    assert art.read(path) == DATA
+    with path.open("ab") as file:
+        file.truncate(1 << 33)
+    tracemalloc.start()
+    try:
+        with pytest.raises(art.ArtifactError, match="more than 16,000,000 bytes; quantise further"):
+            art.read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40e6
 
 
 @pytest.mark.parametrize("case", HOSTILE)
