@@ -61,6 +61,8 @@ InputError, Ended = tg.InputError, tg.Ended
 # 1. config: every number of the recipes -----------------------------------------------------------------
 MAX_STEPS = 1_000_000  # what step lines name as the total where a budget of seconds ends the run
 MAX_SEQ_LEN = 65_536
+MAX_PASSES = 64  # of layers: what an artifact asks for is held in lists before its tensors are compared
+MAX_PASS_TOKENS = 1 << 20
 LAG = 2  # steps that a GPU may be behind the host: no step waits, and the clock is right to LAG steps
 SCORE_MODES = ("none", "sliding", "sgd", "lora")  # of score.py
 
@@ -137,30 +139,38 @@ class Config:
                 raise InputError(f"{found}; change it with --set {name}=...")
 
     def rules(self) -> Iterator[tuple[str, bool, str]]:
-        """(field, whether it is as it must be, the rule in words)."""
+        """(field, whether it is as it must be, the rule in words). Artifacts bring values of any type."""
+        for field in dataclasses.fields(self):
+            like = field.default
+            yield field.name, is_like(getattr(self, field.name), like), f"must be of the type of {like!r}"
         positive = "num_layers model_dim num_heads num_kv_heads mlp_mul seq_len stride micro_tokens matrix_k "
         positive += "budget_seconds batch_tokens holdout_tokens calibration_tokens cap_bytes val_points "
         for name in f"{positive} embed_k ema_span qk_gain rope_base".split():
             yield name, getattr(self, name) > 0, "must be above 0"
-        for name in "reserve loop_from ema_from momentum momentum_start momentum_until".split():
+        for name in "reserve loop_from ema_from momentum momentum_start momentum_until damp".split():
             yield name, 0 <= getattr(self, name) < 1, "must be from 0 to below 1"
         for name in ("lr_floor", "warmdown"):
             yield name, 0 < getattr(self, name) <= 1, "must be above 0 and at most 1"
         rates = "matrix_lr embed_lr scalar_lr matrix_decay embed_decay scalar_decay steps"
-        for name in f"{rates} softcap leak damp parallel_from xsa_from".split():
+        for name in f"{rates} softcap leak parallel_from xsa_from".split():
             yield name, getattr(self, name) >= 0, "must not be negative"
         for name in ("matrix_bits", "embed_bits"):
             yield name, 2 <= getattr(self, name) <= 8, "must be from 2 to 8"
-        yield "steps", self.steps < MAX_STEPS, f"must be below {MAX_STEPS}"
+        for name in ("steps", "val_points"):
+            yield name, getattr(self, name) < MAX_STEPS, f"must be below {MAX_STEPS}"
+        yield "num_layers", 2 <= self.num_layers <= MAX_PASSES, f"must be from 2 to {MAX_PASSES}"
         yield "seq_len", self.seq_len <= MAX_SEQ_LEN, f"must be at most {MAX_SEQ_LEN}"
+        yield "micro_tokens", self.micro_tokens <= MAX_PASS_TOKENS, f"must be at most {MAX_PASS_TOKENS}"
         yield "stride", self.stride <= self.seq_len, f"must be at most seq_len {self.seq_len}"
         dim, heads, of = self.model_dim, self.num_heads, self.seq_len
         yield "num_heads", dim % heads == 0, f"must divide model_dim {dim}"
         yield "num_kv_heads", heads % self.num_kv_heads == 0, f"must divide num_heads {heads}"
         rule = f"must be even, above 0, at most the head's {self.head_dim}"
         yield "rope_dims", 0 < self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0, rule
-        rule = f"must name layers 0 to {self.num_layers - 1}, each at least once, at most 64, or be empty"
-        covers = set(self.order) == set(range(self.num_layers)) and len(self.order) <= 64
+        rule = (
+            f"must name layers 0 to {self.num_layers - 1}, each at least once, at most {MAX_PASSES}, or none"
+        )
+        covers = set(self.order) == set(range(self.num_layers)) and len(self.order) <= MAX_PASSES
         yield "order", not self.order or covers, rule
         yield "batch_tokens", self.batch_tokens % of == 0, f"must be a multiple of seq_len {of}"
         yield "quantizer", self.quantizer in ("gptq", "rtn"), "must be gptq or rtn"
@@ -213,6 +223,13 @@ SMALL = {
     "stride": 64, "batch_tokens": 2048, "micro_tokens": 2048, "steps": 120, "holdout_tokens": 16_384,
     "calibration_tokens": 16_384, "cap_bytes": 195_000,
 }  # fmt: skip
+
+
+def is_like(value: object, like: object) -> bool:
+    """Whether a value may stand where `like` does: an integer also for a float."""
+    if isinstance(like, tuple):
+        return isinstance(value, tuple) and all(type(part) is type(like[0]) for part in value)
+    return type(value) is type(like) or (type(like), type(value)) == (float, int)
 
 
 def configure(mode: str, recipe: str, changes: Sequence[str]) -> Config:

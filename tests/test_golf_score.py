@@ -361,3 +361,25 @@ def test_refusals(scorer, options, names, said):
     assert (code, out) == (2, "")
     assert len(stderr.rstrip().split("\n")) == 1
     assert re.search(said, stderr), stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 2_000_000_000}, "num_layers is 2000000000: must be from 2 to 64"),
+        ({"micro_tokens": 10**13}, "micro_tokens is 10000000000000: must be at most 1048576"),
+        ({"micro_tokens": 256.5}, "micro_tokens is 256.5: must be of the type of 65536"),
+        ({"num_heads": 4.0}, "num_heads is 4.0: must be of the type of 8"),
+        ({"seq_len": True}, "seq_len is True: must be of the type of 2048"),
+        ({"order": [0, 1.0, 2]}, "order is .*: must be of the type of"),
+        ({"score": "none"}, "score is 'none': must be of the type of"),
+        ({"ln_scale": [1]}, "ln_scale is .*: must be of the type of True"),
+    ],
+)
+def test_a_config_that_lies_is_refused(scorer, files, changes, said):
+    meta, tensors = artifact.unpack((files / "model.golf").read_bytes())
+    packed = artifact.pack({**meta, "config": {**meta["config"], **changes}}, tensors)
+    (files / "lies.golf").write_bytes(packed)
+    code, out, stderr = scorer(name="lies")
+    assert (code, out, len(stderr.rstrip().split("\n"))) == (2, "", 1)
+    assert re.search(f"lies.golf is not one of train_golf.py .*{said}", stderr), stderr
