@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -334,6 +334,15 @@ def load_model(path: Path, vocab: tokens.Tokenizer, device: torch.device) -> gol
     return model.to(device)
 
 
+def rules(key: str, value: float, cfg: golf.Config) -> Iterator[tuple[bool, str]]:
+    """(whether a setting is as it must be, the rule in words)."""
+    yield (value >= 0, "0 or more") if key.endswith(("decay", "momentum")) else (value > 0, "above 0")
+    if key in ("sgd_momentum", "lora_beta2"):
+        yield value < 1, "below 1"
+    most = {"batch_tokens": golf.MAX_PASS_TOKENS, "lora_rank": cfg.model_dim}.get(key, math.inf)
+    yield value <= most, f"at most {most}"
+
+
 def settings_of(model: golf.Golf, changes: Sequence[str]) -> Settings:
     """The defaults for a model, with every `key=value` of `changes`."""
     cfg = model.cfg
@@ -347,8 +356,9 @@ def settings_of(model: golf.Golf, changes: Sequence[str]) -> Settings:
                 f"--set {change}: no setting {key!r}; use KEY=VALUE, KEY one of {', '.join(values)}"
             )
         values[key] = golf.parsed(key, values[key], text)
-        if values[key] <= 0 and not key.endswith(("decay", "momentum")):
-            raise InputError(f"--set {change}: must be above 0; give such a value")
+        for holds, rule in rules(key, values[key], cfg):
+            if not holds:
+                raise InputError(f"--set {change}: must be {rule}; give such a value")
     if max(values["stride"], values["lora_chunk"]) > values["length"] or values["length"] > cfg.seq_len:
         found = f"length {values['length']}, stride {values['stride']}, lora_chunk {values['lora_chunk']}"
         rule = f"a window is at most the {cfg.seq_len} tokens of training and holds stride and chunk"
@@ -449,6 +459,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mode not in MODES:
         raise InputError(f"--mode {args.mode!r} does not exist; choose one of {', '.join(MODES)}")
+    if args.json and not args.json.parent.is_dir():
+        raise InputError(f"--json {args.json}: its folder does not exist; make it, or name another file")
     if not args.budget > 0 or args.limit < 0:
         raise InputError(
             f"--budget {args.budget:g}, --limit {args.limit}: must be above 0 and not negative; mend them"

@@ -411,6 +411,8 @@ def micro_size(cfg: Config, ranks: tg.Ranks) -> int:
 def read_split(paths: Sequence[Path], vocab_size: int) -> np.ndarray:
     """uint16: the tokens of shards in the order of their names. InputError where one is not a shard."""
     parts = []
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError("a shard is named twice, so that its tokens would count twice; name each once")
     for path in sorted(paths):
         tg.check_shard(path)
         parts.append(np.asarray(tg.map_shard(path)))

@@ -352,6 +352,13 @@ def test_a_loss_that_is_no_number(scorer, monkeypatch):
         (("--set", "stride=0"), {}, r"--set stride=0: must be above 0"),
         (("--set", "epochs=3"), {}, r"no setting 'epochs'.*KEY one of length"),
         (("--set", "sgd_lr=fast"), {}, r"sgd_lr=fast: must be float"),
+        (("--set", "sgd_momentum=-1"), {}, r"--set sgd_momentum=-1: must be 0 or more"),
+        (("--set", "sgd_momentum=1"), {}, r"--set sgd_momentum=1: must be below 1"),
+        (("--set", "lora_beta2=1"), {}, r"--set lora_beta2=1: must be below 1"),
+        (("--set", "lora_decay=-0.5"), {}, r"--set lora_decay=-0.5: must be 0 or more"),
+        (("--set", "batch_tokens=1000000000000"), {}, r"must be at most 1048576"),
+        (("--set", "lora_rank=33"), {}, r"--set lora_rank=33: must be at most 32"),
+        (("--json", "/nowhere/score.json"), {}, r"--json /nowhere/score.json: its folder does not exist"),
         (("--budget", "0"), {}, r"--budget 0"),
         (("--colour",), {}, r"unrecognized arguments: --colour"),
     ],
@@ -383,3 +390,13 @@ def test_a_config_that_lies_is_refused(scorer, files, changes, said):
     code, out, stderr = scorer(name="lies")
     assert (code, out, len(stderr.rstrip().split("\n"))) == (2, "", 1)
     assert re.search(f"lies.golf is not one of train_golf.py .*{said}", stderr), stderr
+
+
+@pytest.mark.parametrize("prefix", ["..", "../score/.."])
+def test_a_shard_named_twice_is_refused(scorer, files, monkeypatch, prefix):
+    """Test-time training would learn it, then score it again."""
+    (files / "score").mkdir(exist_ok=True)
+    monkeypatch.chdir(files / "score")
+    code, out, stderr = scorer("--val", files / "toy_val_000000.bin", f"{prefix}/toy_val_000000.bin")
+    assert (code, out) == (2, "")
+    assert "a shard is named twice" in stderr
