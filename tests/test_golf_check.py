@@ -94,13 +94,27 @@ def broken_score(run: Path) -> None:
     change_result(run, quantized_val_bpb=result["quantized_val_bpb"] - 0.01)
 
 
+def no_number(run: Path) -> None:
+    change_result(run, quantized_val_bpb=float("nan"))
+
+
 def another_program(run: Path) -> None:
     """It scores as well, but what it does is not what the other checks have seen."""
-    sources = check.sources_of((run / "code.zip").read_bytes())
-    sources["golf/score.py"] += b"# another\n"
+    with zipfile.ZipFile(run / "code.zip") as archive:
+        sources = {name: archive.read(name) for name in archive.namelist()}
+    proof = f"import os\nos.system('touch {run / 'proof'}')\n"  # a child process: the sandbox does not see it
+    sources["golf/score.py"] = proof.encode() + sources["golf/score.py"]
     with zipfile.ZipFile(run / "code.zip", "w") as archive:
         for name, text in sources.items():
             archive.writestr(name, text)
+
+
+def bomb(run: Path) -> None:
+    """A program that is 1 GB of spaces, in 1 MB."""
+    with zipfile.ZipFile(run / "code.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("golf/score.py", "w", force_zip64=True) as file:
+            for _ in range(1 << 10):
+                file.write(b" " * (1 << 20))
 
 
 def broken_total(run: Path) -> None:
@@ -112,6 +126,19 @@ def broken_scores(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     result["scores"]["none"]["tokens"] //= 5
     change_result(run, scores=result["scores"])
+
+
+def better_score(run: Path, **changes) -> None:
+    """A score that the artifact does not have, beside the true one of mode none."""
+    result = json.loads((run / "result.json").read_text())
+    row = result["scores"]["none"]
+    change_result(run, scores={**result["scores"], "sliding": {**row, "val_bpb": 0.9} | changes})
+
+
+def other_loss(run: Path) -> None:
+    """Nats a token that are not the bits a byte beside them."""
+    result = json.loads((run / "result.json").read_text())
+    change_result(run, scores={"none": {**result["scores"]["none"], "val_loss": 1.0}})
 
 
 def untrained(run: Path) -> None:
@@ -128,11 +155,22 @@ def untrained(run: Path) -> None:
 
 
 def broken_gap(run: Path) -> None:
-    change_result(run, gap_bpb=2.36, val_bpb=1.1)
+    """Whatever the run says of the gap itself."""
+    result = json.loads((run / "result.json").read_text())
+    change_result(run, gap_bpb=0.0, val_bpb=result["quantized_val_bpb"] / 3)
 
 
 def broken_promise(run: Path) -> None:
     change_result(run, promises_not_kept=["training data was read until 604.3 s of 600 s; raise reserve"])
+
+
+def hidden_promise(run: Path) -> None:
+    log = (run / "train.txt").read_text()
+    (run / "train.txt").write_text(log.replace("\nstatus: done", "\nstatus: crashed: promise not kept"))
+
+
+def late_score(run: Path) -> None:
+    better_score(run, seconds=601.0)
 
 
 def no_schedule(run: Path) -> None:
@@ -141,13 +179,23 @@ def no_schedule(run: Path) -> None:
 
 
 BROKEN = {
-    "another score": (broken_score, 1, "from the training process"),
+    "another score": (broken_score, 1, "1.0e-02 at most from what the run reports"),
+    "a better score in another mode": (better_score, 1, "at most from what the run reports"),
+    "no number for a score": (
+        lambda run: change_result(run, quantized_val_bpb=float("nan")),
+        1,
+        "inf at most",
+    ),
     "another program": (another_program, 1, "code.zip is not this program"),
+    "a bomb for a program": (bomb, 1, "code.zip is not this program"),
     "a byte more of code": (broken_total, 2, "code.zip"),
     "part of the split": (broken_scores, 3, "a score differs"),
-    "a quantiser that ruins the model": (broken_gap, 9, "gap 214"),
+    "a loss that is not the score": (other_loss, 3, "a score differs"),
+    "a quantiser that ruins the model": (broken_gap, 9, "gap 200"),
     "initial weights": (untrained, 10, "has moved 0.0 roundings"),
     "a promise not kept": (broken_promise, 11, "604.3 s"),
+    "a promise not kept, in the log alone": (hidden_promise, 11, "promise not kept"),
+    "a score after its time": (late_score, 11, "score sliding over its budget"),
     "a schedule that nobody saw": (no_schedule, 11, "schedule"),
 }
 
@@ -159,6 +207,7 @@ def test_a_broken_run_is_caught(case, copy, run_and_data):
     code, (row,) = only(copy, run_and_data[1], number)
     assert (code, row["passed"], row["holds"]) == (1, False, False)
     assert why in row["measured"]
+    assert not (copy / "proof").exists(), "a foreign program was run"
 
 
 def test_a_control_that_is_not_caught_fails_the_check(run_and_data, copy, monkeypatch, capsys):
