@@ -43,12 +43,12 @@ from torch import Tensor  # noqa: E402
 
 from golf import artifact, log_of, score, tokens  # noqa: E402
 from golf.score import MODES  # noqa: E402
+from golf.submit import FILES, digests  # noqa: E402
 from golf.train_golf import NOT_INHERITED, PARAMS, SAME_SCORE  # noqa: E402
 from recordbook import statistics  # noqa: E402
 from recordbook.tracks import GAIN_UNITS, find_track  # noqa: E402
 
 tg, InputError = golf.tg, golf.InputError
-FILES = ("model.golf", "code.zip", "result.json")  # and the log
 DOCUMENTS = 1000  # whose bytes are counted, or all there are
 PROBE_DOCUMENTS = 6  # that the models of checks 5 to 8 see, cut to PROBE_TOKENS and a few more each
 PROBE_TOKENS = 40
@@ -835,7 +835,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = run_checks(case, args.chosen)
         passed = all(row["passed"] for row in rows)
         report = {
-            "artifact_sha256": hashlib.sha256(case.packed).hexdigest(), "passed": passed,
+            "sha256": digests(args.run), "passed": passed,
             "complete": len(rows) == len(CHECKS), "device": case.device, "checks": rows,
         }  # fmt: skip
         text = json.dumps(report, indent=1) + "\n"

@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # run as a script, its folder is on the path, not the project
 
 from compare_runs import InputError, mean, printable, sample_sd  # noqa: E402
-from golf import artifact, log_of  # noqa: E402
+from golf import LOG, artifact, log_of  # noqa: E402
 
+FILES = ("model.golf", "code.zip", "result.json")  # of a run, besides its log
 REQUIRED = ("torch", "triton", "numpy", "sentencepiece", "tiktoken", "tqdm")  # of requirements.txt
 MIN_SEEDS = 3  # below it the contest's p < 0.01 cannot be had, and README.md says so
 RECORD_TRACK = "track_10min_16mb"
@@ -68,16 +69,25 @@ def read_json(path: Path) -> dict:
     return found
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a run's files: what its checks have looked at, and what is submitted."""
+    log = log_of(folder)
+    paths = {name: folder / name for name in FILES} | {LOG: log, "train.json": log.with_suffix(".json")}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+
+
 def read_run(folder: Path) -> Seed:
-    """A run whose checks all passed on this very artifact. InputError says what is missing."""
+    """A run whose checks all passed on these very files. InputError says what is missing."""
     twin = log_of(folder).with_suffix(".json")
     checks, result, log = map(read_json, (folder / "checks.json", folder / "result.json", twin))
     try:
-        packed, code = (artifact.read(folder / name) for name in ("model.golf", "code.zip"))
+        packed, code = (artifact.read(folder / name) for name in FILES[:2])
+        found = digests(folder)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; name the folder of a run that ended") from None
-    if checks.get("artifact_sha256") != hashlib.sha256(packed).hexdigest():
-        raise InputError(f"{folder}: checks.json is of another model.golf; run golf/check.py again")
+    checked = checks.get("sha256", {})
+    if other := [name for name in found if checked.get(name) != found[name]]:
+        raise InputError(f"{folder}: checks.json is of another {other[0]}; run golf/check.py again")
     if not (checks.get("passed") and checks.get("complete")):
         failed = [str(row["number"]) for row in checks.get("checks", []) if not row["passed"]]
         what = f"failed: {', '.join(failed)}" if failed else "were not all run"

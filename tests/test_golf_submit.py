@@ -57,13 +57,13 @@ def make_run(folder: Path, seed: int, gpus: int = 8, dim: int = 4, code: bytes =
     checks = [
         {"number": n, "name": f"check {n}", "passed": True, "measured": f"a | b {seed}"} for n in range(1, 14)
     ]
-    digest = hashlib.sha256(packed).hexdigest()
-    report = {"artifact_sha256": digest, "passed": True, "complete": True, "checks": checks}
-    for name, content in (("result.json", found), ("train.json", {"meta": meta}), ("checks.json", report)):
+    for name, content in (("result.json", found), ("train.json", {"meta": meta})):
         (folder / name).write_text(json.dumps(content))
     (folder / "train.txt").write_text("x = 1\nRunning PyTorch 2.11.0 compiled for CUDA 12.8\nstep:1/2\n")
     (folder / "model.golf").write_bytes(packed)
     (folder / "code.zip").write_bytes(code)
+    report = {"sha256": submit.digests(folder), "passed": True, "complete": True, "checks": checks}
+    (folder / "checks.json").write_text(json.dumps(report))
     return folder
 
 
@@ -75,6 +75,8 @@ def runs(tmp_path) -> list[Path]:
 def change(folder: Path, name: str, **values) -> None:
     content = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(content | values))
+    if name != "checks.json":
+        change(folder, "checks.json", sha256=submit.digests(folder))
 
 
 def test_the_folder(runs, tmp_path):
@@ -139,7 +141,7 @@ def test_a_score_that_one_run_lacks_does_not_count(runs, tmp_path):
     for name, values in (("within_budget", False), ("is_partial", True)):
         result = json.loads((runs[1] / "result.json").read_text())
         result["scores"]["sliding"] |= {"within_budget": True, "is_partial": False} | {name: values}
-        (runs[1] / "result.json").write_text(json.dumps(result))
+        change(runs[1], "result.json", scores=result["scores"])
         facts = submit.write_submission(runs, tmp_path / name)
         assert facts["scoring"] == "none"
         assert facts["val_bpb"] == pytest.approx(1.082)
@@ -155,7 +157,12 @@ REFUSED = {
     "no checks": (lambda run: (run / "checks.json").unlink(), "checks.json: No such file"),
     "a failed check": (failed_check, "checks failed: 5"),
     "some checks": (lambda run: change(run, "checks.json", complete=False), "were not all run"),
-    "another artifact": (lambda run: change(run, "checks.json", artifact_sha256="0"), "another model.golf"),
+    "no digests": (lambda run: change(run, "checks.json", sha256={}), "another model.golf"),
+    "another artifact": (lambda run: (run / "model.golf").write_bytes(b"GOLF"), "another model.golf"),
+    "another program": (lambda run: (run / "code.zip").write_bytes(code_zip("pass")), r"another code\.zip"),
+    "another log": (lambda run: (run / "train.txt").write_text("x = 2\n"), r"another train\.txt"),
+    "another result": (lambda run: (run / "result.json").write_text("{}"), r"another result\.json"),
+    "other conditions": (lambda run: (run / "train.json").write_text("{}"), r"another train\.json"),
     "another size": (lambda run: change(run, "result.json", total_bytes=1), "bytes"),
     "a seed twice": (lambda run: change(run, "train.json", meta=META_2), "a seed counts once"),
     "another hardware": (lambda run: change(run, "train.json", meta=META_2 | OTHER), "hardware"),
