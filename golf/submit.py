@@ -276,9 +276,10 @@ def page(runs: Sequence[Seed], mode: str, facts: dict) -> str:
 
 def arguments_of(run: Seed) -> str:
     """The arguments of a run's command that say what was trained, not where: mode, --recipe and --set."""
-    words = str(run.meta.get("command", "")).split()[1:]
-    places = {i for i, word in enumerate(words) if word in ("--data", "--out", "--seed")}
-    return " ".join(word for i, word in enumerate(words) if i not in places and i - 1 not in places)
+    places = argparse.ArgumentParser(add_help=False)
+    for option in ("--data", "--out", "--seed"):
+        places.add_argument(option)
+    return " ".join(places.parse_known_args(str(run.meta.get("command", "")).split()[1:])[1])
 
 
 def requirements() -> str:
@@ -327,6 +328,11 @@ def write_submission(
     return facts
 
 
+def refuse(message: str) -> None:
+    """argparse's own errors in one line."""
+    raise InputError(f"{message}; use what --help lists")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -336,17 +342,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     for option in ("author", "github-id", "name", "blurb"):
         parser.add_argument(f"--{option}", default="", help="as submission.json wants it")
-    args = vars(parser.parse_args(argv))
+    parser.error = refuse
     try:
+        args = vars(parser.parse_args(argv))
         facts = write_submission(
             args.pop("runs"), args["out"], **{key: args[key] for key in args if key != "out"}
         )
-    except (InputError, artifact.ArtifactError, KeyError, TypeError) as error:
-        what = (
-            f"a run's files lack {error}; make them again"
-            if isinstance(error, KeyError | TypeError)
-            else error
-        )
+    except (InputError, artifact.ArtifactError, KeyError, TypeError, AttributeError) as error:
+        is_told = isinstance(error, InputError | artifact.ArtifactError)
+        what = error if is_told else f"a run's files lack {error}; make them again"
         print(f"submit.py: error: {what}", file=sys.stderr)
         return 2
     figures = f"{facts['val_bpb']:.5f} bits per byte, {facts['bytes_total']:,} bytes"

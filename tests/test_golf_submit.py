@@ -195,6 +195,32 @@ def test_runs_of_two_programs(runs, tmp_path):
         submit.write_submission([], tmp_path / "out")
 
 
+def test_the_command_without_its_places(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    words = "a.py --mode full --data=/home/me/data --see 3 --set steps=9 --out x --recipe golf"
+    change(run, "train.json", meta=META_2 | {"command": words})
+    submit.write_submission([run], tmp_path / "out")
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert " train_gpt.py --mode full --set steps=9 --recipe golf --data DATA --seed 2 --out run\n" in page
+    assert "/home" not in page
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "the following arguments are required: RUN, --out; use what --help lists"),
+        (["run", "--out", "out", "--colour"], "unrecognized arguments: --colour"),
+        (["{run}", "--out", "{run}/out"], "a run's files lack"),
+    ],
+)
+def test_bad_input_is_one_line(args, said, tmp_path, capsys):
+    run = make_run(tmp_path / "run", 1, scores=["none"])
+    assert submit.main([arg.format(run=run) for arg in args]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("submit.py: error: ")
+    assert (stderr.count("\n"), said in stderr) == (1, True), stderr
+
+
 def test_an_artifact_over_the_cap(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", 1)
     size = sum((run / name).stat().st_size for name in ("model.golf", "code.zip"))
