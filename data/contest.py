@@ -34,6 +34,7 @@ MAX_SHARDS = 1_000  # fewer are published: the hub says where they end
 VAL_DOCUMENTS = 50_000
 VAL = "fineweb_val_000000.bin"
 HUB_FOLDER = "datasets"  # of every such repository
+PARTIAL = ".hub"  # what is under way, with the hub's folders, which are of no use here
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def hub_checksums(variant: Variant, names: list[str]) -> dict[str, str | None]:
 def hub_fetch(variant: Variant, name: str, folder: Path) -> Path:
     """Fetch one file into `folder`; resumes, shows its own progress bar."""
     get = fineweb._hub().hf_hub_download
-    found = get(variant.repo, variant.remote(name), repo_type="dataset", local_dir=folder)
+    found = get(variant.repo, variant.remote(name), repo_type="dataset", local_dir=folder / PARTIAL)
     path = Path(shutil.move(found, folder / name))
-    shutil.rmtree(folder / HUB_FOLDER, ignore_errors=True)  # the hub's folders are of no use here
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     return path
 
 

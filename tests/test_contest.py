@@ -221,9 +221,11 @@ def test_the_hubs_folders_do_not_stay(tmp_path, monkeypatch):
             return str(local_dir / path)
 
     monkeypatch.setattr(contest.fineweb, "_hub", lambda: Library)
+    (tmp_path / "datasets" / "mine").mkdir(parents=True)
     path = contest.hub_fetch(contest.VARIANTS["sp8192"], contest.VAL, tmp_path)
     assert path.read_bytes() == b"shard"
-    assert [entry.name for entry in tmp_path.iterdir()] == [contest.VAL]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["datasets", contest.VAL]
+    assert (tmp_path / "datasets" / "mine").is_dir(), "a folder of the user's own was removed"
 
 
 def test_names_on_the_hub():
