@@ -314,7 +314,8 @@ class Guard:
     """Which scheduled events have happened: a schedule that never reaches one must not pass unnoticed."""
 
     def __init__(self, cfg: Config) -> None:
-        self.expected = {"warm-down": True, "full momentum": True, "loop": cfg.has_loop, "EMA": cfg.ema}
+        falls = cfg.lr_floor < 1
+        self.expected = {"warm-down": falls, "full momentum": True, "loop": cfg.has_loop, "EMA": cfg.ema}
         self.fired: dict[str, int] = {}
 
     def note(self, cfg: Config, step: int, sched: Sched, has_averaged: bool) -> None:
@@ -1459,6 +1460,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.error = tg.refuse
     args = parser.parse_args(argv)
     args.recipe, _, mode = args.recipe.partition("-")
+    if mode and args.mode not in (None, mode):
+        raise InputError(f"--mode {args.mode}, but --recipe names mode {mode}; give one of them")
     args.mode = args.mode or mode or ("one" if on_gpu else "smoke")
     for name, value, table in (("--mode", args.mode, MODES), ("--recipe", args.recipe, RECIPES)):
         if value not in table:

@@ -323,6 +323,9 @@ def test_the_guard_names_what_did_not_happen():
     assert guard.missing() == ["loop", "EMA"]
     guard.note(cfg, 3, golf.at(cfg, 0.9), has_averaged=True)
     assert guard.missing() == []
+    constant = dataclasses.replace(cfg, lr_floor=1.0)
+    assert golf.at(constant, 1.0).lr == 1
+    assert "warm-down" not in golf.Guard(constant).missing()
     assert guard.fired == {"warm-down": 2, "full momentum": 2, "loop": 3, "EMA": 3}
 
 
@@ -623,6 +626,7 @@ def test_the_worse_weights_are_not_exported(trainer, monkeypatch):
         (["cap_bytes=50000"], (), r"cap_bytes is 50,000"),
         (["holdout_tokens=100000000"], (), r"the training shards give"),
         ([], ("--recipe", "other"), r"--recipe 'other' does not exist"),
+        ([], ("--recipe", "golf-full"), r"--mode smoke, but --recipe names mode full"),
         ([], ("--data", "/nowhere"), r"no manifest.json in /nowhere"),
         ([], ("--seed", "-1"), r"--seed -1"),
     ],
