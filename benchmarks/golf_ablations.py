@@ -3,14 +3,13 @@
     python benchmarks/golf_ablations.py --mode one --data data/books --out logs/golf/try
 
 Takes the options of golf/train_golf.py and trains as it does. Before it packs its artifact, the same weights
-go through every quantiser and every range of a row, each fitted to the cap; those that were not exported
-(last or average) are validated. Bits per byte and bytes of each go to OUT/ablations.json and to the log.
+go through every row of COMPRESSIONS, each fitted to the cap; those that were not exported (last or average)
+are validated. Bits per byte and bytes of each go to OUT/ablations.json and to the log.
 What needs a training of its own (--set order= for no recurrence, --recipe baseline) is one of train_golf.py;
 the coders are compared by benchmarks/coders.py, the ways of scoring by golf/score.py. One process only.
 """
 
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -22,7 +21,16 @@ sys.path.append(str(ROOT))
 from golf import artifact  # noqa: E402
 from golf import train_golf as golf  # noqa: E402
 
-QUANTIZERS, CLIPS = ("gptq", "rtn"), ("sigma", "max")
+# What each way of compressing changes of the config. A smaller embed_k takes bits from the matrices.
+COMPRESSIONS = {
+    "gptq, range by sigma": {"quantizer": "gptq", "clip": "sigma"},
+    "gptq, range by max": {"quantizer": "gptq", "clip": "max"},
+    "rtn, range by sigma": {"quantizer": "rtn", "clip": "sigma"},
+    "rtn, range by max": {"quantizer": "rtn", "clip": "max"},
+    "gptq, range by sigma, embed_k 11.5": {"quantizer": "gptq", "clip": "sigma", "embed_k": 11.5},
+    "gptq, range by sigma, embed_k 8.5": {"quantizer": "gptq", "clip": "sigma", "embed_k": 8.5},
+    "gptq, range by sigma, embed_k 6.3": {"quantizer": "gptq", "clip": "sigma", "embed_k": 6.3},
+}
 
 
 def put(job: golf.Job, weights: dict) -> None:
@@ -31,13 +39,13 @@ def put(job: golf.Job, weights: dict) -> None:
         p.detach().copy_(weights[name])
 
 
-def compressed(job: golf.Job, weights: dict, moments: dict, quantizer: str, clip: str) -> dict[str, object]:
+def compressed(job: golf.Job, weights: dict, moments: dict, name: str) -> dict[str, object]:
     """One way of compressing: bytes in all, stretch, bits per byte."""
-    cfg = dataclasses.replace(job.cfg, quantizer=quantizer, clip=clip)
+    cfg = dataclasses.replace(job.cfg, **COMPRESSIONS[name])
     code = len(golf.pack_code())
     packed = golf.compress(weights, moments, cfg, {}, cfg.cap_bytes - code)
     put(job, golf.restore(artifact.unpack(packed.data)[1], cfg, job.corpus.vocab_size))
-    bpb = job.validate(f"{quantizer}, {clip}", 0)[1]
+    bpb = job.validate(name, 0)[1]
     total = len(packed.data) + code
     return {"total_bytes": total, "fits": total <= cfg.cap_bytes, "stretch": packed.stretch, "val_bpb": bpb}
 
@@ -50,8 +58,8 @@ def ablate(job: golf.Job, moments: dict) -> dict[str, dict]:
         job.average.swap()
         rows["the other weights (last or average)"] = {"val_bpb": job.validate("the other weights", 0)[1]}
         job.average.swap()
-    for quantizer, clip in itertools.product(QUANTIZERS, CLIPS):
-        rows[f"{quantizer}, range by {clip}"] = compressed(job, weights, moments, quantizer, clip)
+    for name in COMPRESSIONS:
+        rows[name] = compressed(job, weights, moments, name)
     put(job, weights)
     return rows
 
