@@ -81,6 +81,7 @@ def compare(name: str, tensors: list[np.ndarray]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder with a model.golf; else synthetic weights")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line
     args = parser.parse_args()
     if args.run is None:
         rng = np.random.default_rng(0)

@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=7, help="of each command; default 7")
     parser.add_argument("--only", default=",".join(BARS), help=f"bars, of {', '.join(BARS)}; default all")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line
     args = parser.parse_args(argv)
     only = set(args.only.split(","))
     if not only <= set(BARS) or args.repeats < 1:

@@ -379,6 +379,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--autotune", action="store_true", help="freeze the fastest configs instead")
     parser.add_argument("--dry-run", action="store_true", help="with --autotune: print, change no file")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line
     options = parser.parse_args(argv)
     if options.rows is not None and (options.rows < 16 or options.rows % 16):
         parser.error(f"--rows {options.rows}: FP8 products need a positive multiple of 16")

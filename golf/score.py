@@ -459,6 +459,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mode not in MODES:
         raise InputError(f"--mode {args.mode!r} does not exist; choose one of {', '.join(MODES)}")
+    if other := [path for path in args.val if not path.is_file()]:
+        raise InputError(f"--val {other[0]}: is no file; name the shards, such as FOLDER/*_val_*.bin")
     if args.json and not args.json.parent.is_dir():
         raise InputError(f"--json {args.json}: its folder does not exist; make it, or name another file")
     if not args.budget > 0 or args.limit < 0:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from compare_runs import InputError, check_output, replace_file
 from recordbook import statistics
 from recordbook.drift import drift_rule
 
@@ -259,18 +259,6 @@ def table(rows: list[Row], source: str, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str, content: dict) -> None:
-    """Write under a temporary name, then rename."""
-    file = Path(path)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"--json {path}: cannot be written ({error.strerror}); name another file") from None
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -296,16 +284,17 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed}: must be 0 or more; choose another")
-        if args.json and not Path(args.json).absolute().parent.is_dir():
-            raise ValueError(f"--json {args.json}: its folder does not exist; create it first")
+        check_output(args.json, "--json", (), [])
         losses, source = load_losses(args.losses)
         rows = measure(losses, args.seed, args.long, progress=progress if args.long else None)
         seconds = time.perf_counter() - began
         print(table(rows, source, seconds))
         if args.json:
             facts = {"schema": SCHEMA, "alpha": ALPHA, "losses": source, "seed": args.seed, "long": args.long}
-            write_json(args.json, facts | {"seconds": round(seconds, 1), "rows": [asdict(r) for r in rows]})
-    except ValueError as error:
+            facts |= {"seconds": round(seconds, 1), "rows": [asdict(r) for r in rows]}
+            text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
+            replace_file(args.json, lambda temporary: Path(temporary).write_text(text))
+    except (ValueError, InputError) as error:
         print(f"calibration: {error}", file=sys.stderr)
         return 2
     return 0

@@ -704,7 +704,8 @@ def test_calibration_command(tmp_path, capsys, monkeypatch):
         (["--losses", "few.json"], "at least 20"),
         (["--losses", "equal.json"], "all values are equal"),
         (["--losses", "nan.json"], "must be finite"),
-        (["--json", "absent/rows.json"], "create it first"),
+        (["--json", "absent/rows.json"], "create the folder first"),
+        (["--json", "/dev/full"], "a device, which is not replaced"),
     ],
 )
 def test_calibration_refuses(args, says, tmp_path, capsys, monkeypatch):
