@@ -517,12 +517,14 @@ def test_ablations_leave_the_run_as_it_is(trainer, monkeypatch):
     code, out, err = trainer(name="ablated")
     assert code == 0, err
     rows = json.loads((out / "ablations.json").read_text())
-    assert list(rows)[2:] == [f"{q}, range by {c}" for q in ("gptq", "rtn") for c in ("sigma", "max")]
+    assert list(rows)[2:] == list(golf_ablations.COMPRESSIONS)
     result = json.loads((out / "result.json").read_text())
     own = rows["gptq, range by sigma"]
     assert own["val_bpb"] == pytest.approx(result["quantized_val_bpb"], abs=1e-6)
     assert rows["exported weights, not quantised"]["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-9)
     assert all(row.get("fits", True) for name, row in rows.items() if "sigma" in name)
+    sizes = [rows[f"gptq, range by sigma{k}"]["total_bytes"] for k in ("", ", embed_k 11.5", ", embed_k 8.5")]
+    assert sizes == sorted(set(sizes))  # there is room enough here, so finer codes are only more bytes
     assert (out / "model.golf").read_bytes() == (plain / "model.golf").read_bytes()
 
 
