@@ -38,6 +38,7 @@ from recordbook import gpu
 
 PROJECT = Path(__file__).resolve().parents[1]
 PLAN_FORMAT, LEDGER_FORMAT, NOISE_FORMAT = "splits.plan/1", "splits.ledger/1", "splits.noise/1"
+GPU_LINE = "GPUs: "  # how the line begins that a series adds to a log behind its closing one
 PLAN, PLAN_HASH, LEDGER, NOISE = "plan.json", "plan.json.sha256", "ledger.jsonl", "noise.json"
 KERNELS = "triton_kernels.py"
 ENDED = ("done", "diverged", "crashed")  # ended by themselves: these count
@@ -303,7 +304,8 @@ class Ledger:
 def outcome(log: Path, code: int | None, asked: bool) -> tuple[str, str]:
     """(status, reason) of a run: what its log's closing line says, else what its exit code means."""
     data = log.read_bytes() if log.exists() else None
-    last = data.rstrip().rpartition(b"\n")[2] if data else b""
+    told = re.sub(rb"\n" + GPU_LINE.encode() + rb"[^\n]*\Z", b"", data.rstrip()) if data else b""
+    last = told.rpartition(b"\n")[2]
     if match := STATUS.fullmatch(last):
         reason = (match[3] or b"").decode("utf-8", "replace").removeprefix(": ")
         return (match[1] or match[2]).decode(), reason
@@ -446,6 +448,9 @@ class Series:
                 self.ledger.append("end", **which, **facts, counted=False, wall_s=wall, ended=now())
         if state and log.exists():
             write_atomically(log.with_name(f"{log.stem}.gpu.json"), json.dumps(state, indent=1) + "\n")
+            if log.read_bytes().endswith(b"\n"):  # else the run was cut off within a line
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(f"{GPU_LINE}{gpu.in_words(state)}\n")
         return self.close(which, log, code, {"wall_s": wall, "ended": now(), "gpu": state})
 
     def close(self, which: dict, log: Path, code: int | None, facts: dict) -> dict:
@@ -750,7 +755,7 @@ def run_one(series: Series, letter: str, seed: int, position: int, lane: Lane, r
     end = series.attempt(letter, seed, position, role, lane, what)
     status, log, code = end["status"], end["log"], end["exit_code"]
     if end["gpu"] and role == "run":
-        say(f"GPUs: {gpu.in_words(end['gpu'])}")
+        say(f"{GPU_LINE}{gpu.in_words(end['gpu'])}")
     if series.asked:
         raise Interrupted
     if status == "refused":

@@ -502,6 +502,10 @@ def test_with_a_gpu_each_source_warms_up_once_uncounted_and_state_is_sampled(pro
     for end in events(project):
         state = json.loads((folder(project) / end["log"]).with_suffix(".gpu.json").read_text())
         assert state == end["gpu"]
+        *_, closing, said = (folder(project) / end["log"]).read_text().splitlines()
+        assert closing.startswith("status: ")
+        assert said == f"GPUs: {gpu.in_words(state)}"
+        assert runs.outcome(folder(project) / end["log"], None, False)[0] == end["status"]
     assert json.loads((folder(project) / "plan.json").read_text())["machine"] == ["GPU-1"]
     assert "are not sampled" not in result.stdout
 
