@@ -41,14 +41,16 @@ import shards  # noqa: E402  golf.tokens has put data/ on the path
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import train_gpt as tg  # noqa: E402
 from golf import artifact, log_of, score, tokens  # noqa: E402
+from golf.artifact import CAP_BYTES  # noqa: E402
 from golf.score import MODES  # noqa: E402
 from golf.submit import FILES, digests  # noqa: E402
-from golf.train_golf import NOT_INHERITED, PARAMS, SAME_SCORE  # noqa: E402
+from golf.tokens import BYTES  # noqa: E402
+from golf.train_golf import NOT_INHERITED, PARAMS, SAME_SCORE, InputError  # noqa: E402
 from recordbook import statistics  # noqa: E402
 from recordbook.tracks import GAIN_UNITS, find_track  # noqa: E402
 
-tg, InputError = golf.tg, golf.InputError
 DOCUMENTS = 1000  # whose bytes are counted, or all there are
 PROBE_DOCUMENTS = 6  # that the models of checks 5 to 8 see, cut to PROBE_TOKENS and a few more each
 PROBE_TOKENS = 40
@@ -59,7 +61,7 @@ SAME_NLL = {"cpu": 0.0, "cuda": 0.05}  # nats between two runs that must agree; 
 MOVED = 1.3  # how far weights must be from the initial ones, in root mean squares of their rounding
 SMALL_TRAIN, SMALL_VAL = 40_000, 2_000  # tokens that the trainings of check 12 get
 SMALL = (
-    "steps=6", "score=", f"cap_bytes={artifact.CAP_BYTES}", "batch_tokens=1024", "micro_tokens=1024",
+    "steps=6", "score=", f"cap_bytes={CAP_BYTES}", "batch_tokens=1024", "micro_tokens=1024",
     "holdout_tokens=1024", "calibration_tokens=1024", "val_points=1",
 )  # fmt: skip
 CHILD_S = 900  # when a child process is given up
@@ -225,7 +227,7 @@ def score_alone(case: Case, mode: str, leak: str) -> tuple[dict | None, str]:
         program = code / "golf" / "score.py"
         program.write_text(leak + program.read_text())
         listed = [case.run / "model.golf", *case.corpus.val]
-        listed += [] if str(case.tokenizer_path) == tokens.BYTES else [case.tokenizer_path, *own_files(case)]
+        listed += [] if str(case.tokenizer_path) == BYTES else [case.tokenizer_path, *own_files(case)]
         homes = {sys.prefix, sys.base_prefix, site.getuserbase()}
         python = homes | {str(Path(home).resolve()) for home in homes}
         allowed = [str(folder), *SYSTEM, *python, *(str(path.resolve()) for path in listed)]
@@ -283,10 +285,10 @@ def total_bytes(case: Case, extra: int = 0) -> Found:
     """Model and code that was shipped are at most the cap, and as large as the run says."""
     model, code = (os.path.getsize(case.run / name) for name in ("model.golf", "code.zip"))
     total, said = model + code + extra, case.result["total_bytes"]
-    beside = 0 if str(case.tokenizer_path) == tokens.BYTES else os.path.getsize(case.tokenizer_path)
+    beside = 0 if str(case.tokenizer_path) == BYTES else os.path.getsize(case.tokenizer_path)
     sizes = f"{model:,} model + {code:,} code.zip = {total:,}"
-    text = f"{sizes} of {artifact.CAP_BYTES:,}; tokenizer {beside:,} beside"
-    return Found(total <= artifact.CAP_BYTES and total == said + extra, text)
+    text = f"{sizes} of {CAP_BYTES:,}; tokenizer {beside:,} beside"
+    return Found(total <= CAP_BYTES and total == said + extra, text)
 
 
 # 3. what is counted: checks 3 and 4 -----------------------------------------------------------------------
@@ -745,7 +747,7 @@ class Check:
 
 CHECKS = (
     Check("artifact-only decode", decodes_alone, reads_more, "the scoring code opens result.json"),
-    Check("total bytes", total_bytes, lambda case: total_bytes(case, artifact.CAP_BYTES), "16 MB more"),
+    Check("total bytes", total_bytes, lambda case: total_bytes(case, CAP_BYTES), "16 MB more"),
     Check("byte accounting", byte_accounting, space_twice, "a leading space is charged twice"),
     Check("scored once", coverage, lambda case: coverage(case, 64, ()), "the last 64 targets are left out"),
     Check("causality", causality, sees_the_next, "the model sees the token to predict"),

@@ -201,6 +201,8 @@ def history(records: Sequence[Record]) -> list[dict]:
                 "p": stats["loss_p"],
                 "gain": gain
                 and {key: gain[key] for key in ("of", "amount", "relative", "low", "high", "level")},
+                "base_mean": gain
+                and record.baseline.stats["time_mean" if gain["of"] == "time" else "loss_mean"],
                 "machine": letters[record.machine["id"]],
                 "hardware": record.machine["hardware"],
             }
@@ -272,7 +274,7 @@ def draw(figure, rows: Sequence[dict], title: str, metric: str | None) -> None:
             name = row["record"].partition("_")[2]
             tops.annotate(name, (end, row[mean]), (6, 3), textcoords="offset points", fontsize=7)
             if gain := row["gain"]:
-                scale = 100 * gain["relative"] / gain["amount"]
+                scale = 100 / abs(row["base_mean"])
                 below, above = gain["amount"] - gain["low"], gain["high"] - gain["amount"]
                 error = [[scale * below], [scale * above]]
                 gains.errorbar([end], [100 * gain["relative"]], yerr=error, fmt="o", color=colour, **bars)

@@ -336,6 +336,14 @@ TIME_TESTS = {
 }
 
 
+def valid_p(case: Case, about: str, key: str) -> float | Reason:
+    """The always-valid p of a series that could stop early; the reason that says why there is none."""
+    valid = case.found[key]
+    if isinstance(valid, str):
+        return missing(case, about, f"the series could stop early, but {valid}", fatal=True)
+    return valid.p_final
+
+
 def time_reason(case: Case) -> Reason:
     """Is the candidate faster, by the track's test?"""
     key, name, share = TIME_TESTS[case.track.time_test]
@@ -347,10 +355,12 @@ def time_reason(case: Case) -> Reason:
     base_mean = statistics.mean_sd(base_times)[0]
     gain, n, p = -test.difference, f"n {test.n_new} and {test.n_base}", test.p
     if case.early_stop:
-        valid = case.found["time_always_valid_pairs"]
-        if isinstance(valid, str):
-            return missing(case, "time", f"the series could stop early, but {valid}", fatal=True)
-        name, p = "always-valid paired test, because the series could stop early", valid.p_final
+        name, p = (
+            "always-valid paired test, because the series could stop early",
+            valid_p(case, "time", "time_always_valid_pairs"),
+        )
+        if isinstance(p, Reason):
+            return p
     text = (
         f"time: {case.new.name} is {abs(gain):.4f} s ({abs(gain) / base_mean:.2%}) "
         f"{'faster' if gain > 0 else 'slower'} than {case.base.name} ({base_mean:.4f} s), {n}; "
@@ -372,10 +382,9 @@ def loss_reason(case: Case) -> Reason:
         return missing(case, "loss", test)
     name, p = "non-inferiority", test.p
     if case.early_stop:
-        valid = case.found["loss_always_valid_pairs"]
-        if isinstance(valid, str):
-            return missing(case, "loss", f"the series could stop early, but {valid}", fatal=True)
-        name, p = "always-valid non-inferiority of pairs", valid.p_final
+        name, p = "always-valid non-inferiority of pairs", valid_p(case, "loss", "loss_always_valid_pairs")
+        if isinstance(p, Reason):
+            return p
     gain, seen, bounds = margin - test.difference, test.difference, (test.low, test.high)
     if case.track.direction == "higher":
         seen, bounds = -seen, (-test.high, -test.low)
@@ -416,10 +425,9 @@ def gain_reason(case: Case) -> Reason:
         return missing(case, "gain", test)
     name, p, least = "Welch's one-sided t-test", test.p, track.least_gain
     if case.early_stop:
-        valid = case.found["loss_gain_always_valid_pairs"]
-        if isinstance(valid, str):
-            return missing(case, "gain", f"the series could stop early, but {valid}", fatal=True)
-        name, p = "always-valid test of pairs", valid.p_final
+        name, p = "always-valid test of pairs", valid_p(case, "gain", "loss_gain_always_valid_pairs")
+        if isinstance(p, Reason):
+            return p
     seen, word = -test.difference, "better" if test.difference < 0 else "worse"
     text = (
         f"gain: {track.metric} of {case.new.name} is {abs(seen):.5f} {word} than that of {case.base.name}, "
@@ -440,10 +448,12 @@ def adjusted_reason(case: Case) -> Reason | None:
     test, gain = result.test, -result.test.difference
     name, p = "", test.p
     if case.early_stop:
-        valid = case.found["loss_adjusted_always_valid_pairs"]
-        if isinstance(valid, str):
-            return missing(case, "adjusted", f"the series could stop early, but {valid}", fatal=True)
-        name, p = "always-valid test of pairs at the least favourable price: ", valid.p_final
+        name, p = (
+            "always-valid test of pairs at the least favourable price: ",
+            valid_p(case, "adjusted", "loss_adjusted_always_valid_pairs"),
+        )
+        if isinstance(p, Reason):
+            return p
     text = (
         f"adjusted: at equal {case.track.metric} {abs(gain):.4f} s {'faster' if gain > 0 else 'slower'} "
         f"({result.d_time:+.4f} s of time, {result.k * result.d_loss:+.4f} s for {result.d_loss:+.5f} at "
