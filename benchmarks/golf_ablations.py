@@ -21,15 +21,16 @@ sys.path.append(str(ROOT))
 from golf import artifact  # noqa: E402
 from golf import train_golf as golf  # noqa: E402
 
-# What each way of compressing changes of the config. A smaller embed_k takes bits from the matrices.
+# What each way of compressing changes of the config. A smaller embed_k takes bits from the matrices; 15 is
+# what contest entries use.
 COMPRESSIONS = {
     "gptq, range by sigma": {"quantizer": "gptq", "clip": "sigma"},
     "gptq, range by max": {"quantizer": "gptq", "clip": "max"},
     "rtn, range by sigma": {"quantizer": "rtn", "clip": "sigma"},
     "rtn, range by max": {"quantizer": "rtn", "clip": "max"},
-    "gptq, range by sigma, embed_k 11.5": {"quantizer": "gptq", "clip": "sigma", "embed_k": 11.5},
-    "gptq, range by sigma, embed_k 8.5": {"quantizer": "gptq", "clip": "sigma", "embed_k": 8.5},
-    "gptq, range by sigma, embed_k 6.3": {"quantizer": "gptq", "clip": "sigma", "embed_k": 6.3},
+    "gptq, range by sigma, embed_k 15": {"quantizer": "gptq", "clip": "sigma", "embed_k": 15.0},
+    "gptq, range by sigma, embed_k 9": {"quantizer": "gptq", "clip": "sigma", "embed_k": 9.0},
+    "gptq, range by sigma, embed_k 4.5": {"quantizer": "gptq", "clip": "sigma", "embed_k": 4.5},
 }
 
 

@@ -119,6 +119,13 @@ class Case:
         return self.ranks.device.type
 
     @functools.cached_property
+    def compiled(self) -> tempfile.TemporaryDirectory:
+        """What scoring compiles: empty at first, so that nothing comes from the run; then for all modes."""
+        folder = tempfile.TemporaryDirectory(prefix="golf-check-")
+        folder.name = os.path.realpath(folder.name)
+        return folder
+
+    @functools.cached_property
     def packed(self) -> bytes:
         return artifact.read(self.run / "model.golf")
 
@@ -186,8 +193,12 @@ class Case:
         )
 
     def scored(self, mode: str, stream: np.ndarray, change: Callable | None = None) -> score.Scorer:
-        """A stream scored by a copy of the model, as score.py does it; `change` wraps the losses."""
-        scorer = score.Scorer.of(copy.deepcopy(self.model), stream, self.settings, self.ranks)
+        """A stream scored by a copy of the model, as score.py does it; `change` wraps the losses.
+
+        Not compiled: the probe has more shapes than torch.compile keeps; check 1 runs what is compiled.
+        """
+        model = copy.deepcopy(self.model)
+        scorer = score.Scorer.of(model, stream, self.settings, self.ranks, is_compiled=False)
         if change:
             scorer.evaluator = dataclasses.replace(scorer.evaluator, nll_at=change(scorer.evaluator.nll_at))
         scorer.nll.fill_(math.nan)
@@ -213,11 +224,19 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 sys.addaudithook(watch)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+COMPILED = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # where compiled code is kept
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys", "/dev", "/opt")
 
 
+def last_error(stderr: str) -> str:
+    """The line that names the exception that ended a process; torch writes advice behind it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    return (named or lines or [""])[-1]
+
+
 def score_alone(case: Case, mode: str, leak: str) -> tuple[dict | None, str]:
-    """(score.json, last line of stderr) of the packed code, in an empty folder; `leak` precedes it."""
+    """(score.json, why there is none) of the packed code, in an empty folder; `leak` precedes it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         code, where, answer = folder / "code", folder / "empty", folder / "score.json"
@@ -230,7 +249,8 @@ def score_alone(case: Case, mode: str, leak: str) -> tuple[dict | None, str]:
         listed += [] if str(case.tokenizer_path) == BYTES else [case.tokenizer_path, *own_files(case)]
         homes = {sys.prefix, sys.base_prefix, site.getuserbase()}
         python = homes | {str(Path(home).resolve()) for home in homes}
-        allowed = [str(folder), *SYSTEM, *python, *(str(path.resolve()) for path in listed)]
+        allowed = [str(folder), case.compiled.name, *SYSTEM, *python]
+        allowed += [str(path.resolve()) for path in listed]
         command = [sys.executable, "-c", SANDBOX, os.pathsep.join(allowed), str(program)]
         command += [str((case.run / "model.golf").resolve()), "--tokenizer", str(case.tokenizer_path)]
         command += ["--mode", mode, "--json", str(answer)]
@@ -238,9 +258,10 @@ def score_alone(case: Case, mode: str, leak: str) -> tuple[dict | None, str]:
         env = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
         env |= {"HOME": str(where), "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder)}
         env["PYTHONUSERBASE"] = site.getuserbase()  # packages that `pip install --user` put there
+        env |= {key: case.compiled.name for key in COMPILED}
         done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=CHILD_S)
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return (json.loads(answer.read_text()) if answer.is_file() else None), lines[-1]
+        why = last_error(done.stderr) or f"exit code {done.returncode}"
+        return (json.loads(answer.read_text()) if answer.is_file() else None), why
 
 
 def own_files(case: Case) -> list[Path]:

@@ -103,10 +103,19 @@ class Scorer:
     progress: Callable[[int], object] = lambda count: None
 
     @classmethod
-    def of(cls, model: golf.Golf, stream: np.ndarray, settings: Settings, ranks: tg.Ranks) -> "Scorer":
-        nll_at, device = golf.compiler_for(ranks.device)(model.nll_at, dynamic=False), ranks.device
-        evaluator = golf.Evaluator.of(nll_at, stream, device, settings.length, settings.batch_tokens)
-        nll = torch.zeros(evaluator.num_targets, device=device)
+    def of(
+        cls,
+        model: golf.Golf,
+        stream: np.ndarray,
+        settings: Settings,
+        ranks: tg.Ranks,
+        is_compiled: bool = True,
+    ) -> "Scorer":
+        """`is_compiled`, on a GPU: a minute for each shape, which a short stream does not repay."""
+        compiler = golf.compiler_for(ranks.device if is_compiled else torch.device("cpu"))
+        nll_at, length = compiler(model.nll_at, dynamic=False), settings.length
+        evaluator = golf.Evaluator.of(nll_at, stream, ranks.device, length, settings.batch_tokens)
+        nll = torch.zeros(evaluator.num_targets, device=ranks.device)
         return cls(model.eval(), evaluator, settings, ranks, nll)
 
     @property

@@ -73,7 +73,7 @@ def _decode_one(library: vocab.Tokenizer, ids: list[int]) -> bytes:
         return bytes(ids)
     if library.kind == "gpt2":
         return library.encoding.decode_bytes(ids)
-    return library.processor.decode(ids, out_type=bytes)
+    return library.processor.decode(ids, out_type=bytes) if ids else b""  # 0.2.2 makes a str of no tokens
 
 
 def load_tokenizer(path: str | Path) -> Charges:

@@ -125,7 +125,7 @@ class Config:
     matrix_bits: int = 6
     matrix_k: float = 12.85
     embed_bits: int = 7
-    embed_k: float = 15.0
+    embed_k: float = 6.3
     calibration_tokens: int = 1_048_576
     damp: float = 0.01  # of the Hessian's mean diagonal, added to the diagonal
     # scores that are taken at the end, each in a process of its own

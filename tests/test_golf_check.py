@@ -1,6 +1,7 @@
 """golf/check.py: a small trained run passes all thirteen checks, and each broken run is caught by its own."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,36 @@ def test_a_control_that_breaks_has_shown_nothing(run_and_data, copy, monkeypatch
     monkeypatch.setattr(check, "CHECKS", (check.CHECKS[0], broken, *check.CHECKS[2:]))
     code, (row,) = only(copy, run_and_data[1], 2)
     assert (code, row["passed"], row["holds"], row["control_caught"]) == (1, False, True, False)
+
+
+def test_nothing_compiled_comes_from_the_run(run_and_data, monkeypatch):
+    """What was compiled earlier is not opened: the program alone must give the score."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/warm")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/warm")
+    seen = []
+
+    def run(command, **options):
+        seen.append((command, options["env"]))
+        return subprocess.CompletedProcess(command, 1, "", "PermissionError: opened /warm\n\nSet VERBOSE=1")
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    case = check.Case.open(*run_and_data, check.tg.Ranks.from_torchrun())
+    assert check.score_alone(case, "none", "") == (None, "PermissionError: opened /warm")
+    assert check.score_alone(case, "lora", "") == (None, "PermissionError: opened /warm")
+    (command, env), (_, second) = seen
+    allowed = command[command.index(check.SANDBOX) + 1].split(":")
+    for key in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert env[key] in allowed
+        assert not os.listdir(env[key])
+        assert env[key] == second[key]  # modes share what they compile
+    assert "/warm" not in allowed
+
+
+def test_the_error_is_named():
+    named = "torch._inductor.exc.InductorError: PermissionError: opened /a"
+    assert check.last_error(f"Traceback\n  at x\n{named}\n\nSet TORCHDYNAMO_VERBOSE=1 for more\n") == named
+    assert check.last_error("score.py: error: no\n") == "score.py: error: no"
+    assert check.last_error("\n") == ""
 
 
 def test_order_of_events():

@@ -191,6 +191,21 @@ def leaky_lora(monkeypatch) -> None:
     monkeypatch.setattr(score, "check_events", lambda *_: None)
 
 
+def test_what_is_not_to_be_compiled_is_not(monkeypatch):
+    """Every other shape of a short stream would cost a GPU a minute, and the ninth is refused."""
+    asked = []
+
+    def compiler_for(device):
+        asked.append(device.type)
+        return lambda fn, **_: fn
+
+    monkeypatch.setattr(golf, "compiler_for", compiler_for)
+    made, ranks = model(), tg.Ranks(0, 1, torch.device("meta"))
+    for is_compiled in (True, False):
+        score.Scorer.of(made, stream(), score.settings_of(made, ADAPTING), ranks, is_compiled)
+    assert asked == ["meta", "cpu"]
+
+
 def test_a_leak_through_sgd_is_caught():
     assert worst_change("sgd", leaky_sgd) > 1e-3
     with pytest.raises(AssertionError, match="an update before its score"):

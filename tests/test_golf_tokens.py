@@ -131,6 +131,23 @@ def test_charged_bytes_are_decoded_bytes(both):
 
 
 @pytest.mark.parametrize("kind", ["contest", "prefix", "ours"])
+def test_no_tokens_are_no_bytes_whatever_the_library_makes_of_them(kind, monkeypatch):
+    """sentencepiece 0.2.2 decodes an empty list to a str, though asked for bytes."""
+    library = library_of(kind)
+    decode, asked = library.processor.decode, []
+
+    def older(ids, **options):
+        asked.append(len(ids))
+        return decode(ids, **options) if ids else ""
+
+    tokenizer = tokens.charges_of(library)
+    monkeypatch.setattr(library.processor, "decode", older)
+    bos, (word, *_) = tokenizer.bos, library.processor.encode("a")
+    assert tokenizer.decode([bos, bos, word, bos]) == decode([word], out_type=bytes)
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("kind", ["contest", "prefix", "ours"])
 def test_the_contests_own_formula(kind):
     """base + 1 for a leading space unless the token before is a boundary: that formula, written out again."""
     library = library_of(kind)
