@@ -44,6 +44,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, its defaults would keep the process group
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -953,14 +954,13 @@ class Shard:
 
     def reduce(self, grad: Tensor) -> tuple[dist.Work | None, Tensor]:
         """Start summing the gradient over ranks; (what to wait for, where this rank's rows will be)."""
-        grad = grad.view(self.full.shape)
+        grad = self.pad(grad.view(self.full.shape), self.rows * self.world_size)
         if self.is_replicated:
             return dist.all_reduce(grad, async_op=True), grad
         if self.world_size == 1:
             return None, grad
         mine = grad.new_empty(self.rows, *grad.shape[1:])
-        padded = self.pad(grad, self.rows * self.world_size)
-        return dist.reduce_scatter_tensor(mine, padded, async_op=True), mine
+        return dist.reduce_scatter_tensor(mine, grad, async_op=True), mine
 
     def gather(self, mine: Tensor, out: Tensor) -> Callable[[], None]:
         """Start collecting all ranks' rows into `out`; call the result to finish."""

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -830,6 +831,37 @@ def test_world_sizes_train_alike(program, baseline, world):
         assert mine["model"][name].shape == value.shape
         torch.testing.assert_close(mine["model"][name], value, rtol=0.02, atol=0.02, msg=name)
     assert mine["optimizer"]["updates"] == theirs["optimizer"]["updates"]
+
+
+def test_the_process_group_ends(tmp_path):
+    """A thread of gloo that outlives it can abort the process at its exit, one time in sixty.
+
+    torch._dynamo imports torch.distributed.nn.functional, whose functions have the group of that moment as a
+    default argument, and so keep it.
+    """
+    code = """
+import os, torch, train_gpt as tg
+with tg.Ranks(0, 2, torch.device("cpu")).process_group():
+    import torch._dynamo
+    torch.distributed.all_reduce(torch.ones(3))
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+assert not [name for name in names if "gloo" in name], names
+"""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("no list of threads here")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    children = []
+    for rank in range(2):
+        ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", code]
+        pipe = subprocess.PIPE
+        children.append(
+            subprocess.Popen(command, cwd=ROOT, env={**ENVIRONMENT, **ranks}, stderr=pipe, text=True)
+        )
+    for child in children:
+        _, stderr = child.communicate(timeout=120)
+        assert child.returncode == 0, stderr
 
 
 @pytest.mark.slow
