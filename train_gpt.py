@@ -376,8 +376,7 @@ class Log:
         self.meta = {key: str(value) for key, value in meta.items()}
         for path in sources:
             source = path.read_bytes()
-            lines = source.decode().removesuffix("\n").split("\n")
-            digest = hashlib.sha256(source).hexdigest()
+            lines, digest = source.decode().removesuffix("\n").split("\n"), hashlib.sha256(source).hexdigest()
             self.write("\n".join([f"#### source {path.name} sha256={digest} lines={len(lines)}", *lines]))
         versions = ["Running Python " + sys.version.replace("\n", " ")]
         versions += [f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"]
@@ -638,10 +637,8 @@ class ValSet:
             found = f"recipe {recipe.name} needs {need:,} validation tokens, the shards hold {len(tokens):,}"
             raise InputError(f"{found}; prepare more with data/prepare.py --val or --val-fraction")
         check_tokens(tokens, corpus, corpus.val[0].parent)
-        slots = []
-        for begin in range(0, recipe.val_tokens, recipe.val_slot):
-            part = tokens[begin : begin + recipe.val_slot + 1]
-            slots.append((part, np.union1d(0, np.flatnonzero(part[:-1] == corpus.bos_id))))
+        parts = [tokens[b : b + recipe.val_slot + 1] for b in range(0, recipe.val_tokens, recipe.val_slot)]
+        slots = [(part, np.union1d(0, np.flatnonzero(part[:-1] == corpus.bos_id))) for part in parts]
         longest = max(int(np.diff(np.append(b, recipe.val_slot)).max()) for _, b in slots)
         num_bytes = int(corpus.token_bytes[tokens[1:]].sum(dtype=np.int64))
         mine, max_docs = slots[ranks.rank :: ranks.world_size], max(len(b) for _, b in slots)
@@ -960,7 +957,8 @@ class Shard:
         if self.world_size == 1:
             return None, grad
         mine = grad.new_empty(self.rows, *grad.shape[1:])
-        return dist.reduce_scatter_tensor(mine, grad, async_op=True), mine
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # before torch 2.13
+        return scatter(mine, grad, async_op=True), mine
 
     def gather(self, mine: Tensor, out: Tensor) -> Callable[[], None]:
         """Start collecting all ranks' rows into `out`; call the result to finish."""
@@ -970,7 +968,8 @@ class Shard:
         whole = out.new_empty(self.rows * self.world_size, *out.shape[1:]) if is_padded else out
         # NCCL has no 16-bit integers; gathering moves bits, whatever they are called.
         wire = [x.view(torch.bfloat16) if x.dtype == torch.int16 else x for x in (whole, mine.contiguous())]
-        work = dist.all_gather_into_tensor(*wire, async_op=True)
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # before torch 2.13
+        work = all_gather(*wire, async_op=True)
 
         def finish() -> None:
             work.wait()
