@@ -99,7 +99,12 @@ def propose(proposal: Proposal) -> tuple[list[str], int]:
         submit(judged, proposal)
     stored = evidence.as_record(files) | {source.name: source.text for source in judged.sources}
     target = proposal.records / track.name / f"{content['date']}_{proposal.name}"
-    build(target, stored | generated(content, stored), track, earlier)
+    try:
+        build(target, stored | generated(content, stored), track, earlier)
+    except BaseException:  # the folder is the contest's if the record is, and was not there before
+        if proposal.submission:
+            shutil.rmtree(proposal.submission, ignore_errors=True)
+        raise
     written = [f"Accepted: {target}"] + [f"Written: {proposal.submission}"] * bool(proposal.submission)
     written += [f"Refreshed: {path}" for path in verify.write_track(track, proposal.records)]
     return [*lines, *map(printable, written), *pages.beside_previous(content)], 0

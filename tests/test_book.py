@@ -261,6 +261,22 @@ def test_the_contests_folder_is_written_first(empty, series, capsys, monkeypatch
     assert "is there; name a new folder" in capsys.readouterr().err
 
 
+def test_without_the_record_the_contests_folder_goes(empty, series, capsys, monkeypatch, tmp_path):
+    from golf import submit
+
+    def refuse(*_):
+        assert out.is_dir()
+        raise cr.InputError("would not verify")
+
+    out = tmp_path / "contest"
+    monkeypatch.setattr(submit, "write_submission", lambda runs, folder, name: folder.mkdir())
+    monkeypatch.setattr("recordbook.accept.build", refuse)
+    words = ["--track", "tiny", "--name", "new", "--claim", "systems", "--records", str(empty)]
+    assert cr.main(["accept", str(series()), *words, "--submission", str(out)]) == 2
+    assert "would not verify" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_failed_runs_are_kept_and_counted(empty, series):
     times = {"B": (*TIMES["B"][:7], None)}
     assert accept(empty, series(n=8, times=times), "failing") == 0
