@@ -16,7 +16,7 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,6 @@ LATENCY_MS = 0.02  # of a collective; assumed
 class Job:
     """What a step does for one parameter."""
 
-    name: str
     num_bytes: int  # on the wire, all ranks' rows
     is_sharded: bool
     update_ms: float  # on one GPU, without the fixed part
@@ -69,7 +68,7 @@ def jobs_of(model: tg.GPT, is_adam_step: bool, is_tied: bool) -> dict[str, Job]:
         p = params[row.name]
         work = BANK_MS[row.name] if row.optim == "normuon" else p.numel() * ADAM_MS_PER_ELEMENT
         before = TRANSPOSE_MS * (is_tied and any(other.tied_to == row.name for other in tg.PARAMS))
-        jobs[row.name] = Job(row.name, p.numel() * p.element_size(), row.comms == "sharded", work, before)
+        jobs[row.name] = Job(p.numel() * p.element_size(), row.comms == "sharded", work, before)
     return jobs
 
 
@@ -105,6 +104,16 @@ def orders_of(jobs: dict[str, Job]) -> tuple[list[str], list[str]]:
     return list(jobs), [row.name for row in tg.WORK_ORDER if row.name in jobs]
 
 
+def per_step(kinds: Sequence[dict[str, Job]], value: Callable[[Job], float]) -> float:
+    """Sum over the jobs of a step, mean of an even and an odd one."""
+    return sum(value(job) for jobs in kinds for job in jobs.values()) / len(kinds)
+
+
+def moved_bytes(job: Job) -> int:
+    """There and back; an all-reduce moves as much as both."""
+    return 2 * job.num_bytes
+
+
 def mean_step(kinds: Sequence[dict[str, Job]], machine: Machine) -> float:
     """ms of an optimizer step, mean of an even and an odd one."""
     return sum(simulate(jobs, *orders_of(jobs), machine) for jobs in kinds) / len(kinds)
@@ -114,12 +123,10 @@ def fitted(kinds: Sequence[dict[str, Job]]) -> tuple[float, float, float]:
     """(fixed ms, scale, GB/s) with which the model has the optimizer and collectives that were measured."""
     worlds = sorted(OPTIMIZER_MS)
     shared, fixed = np.polyfit([1 / w for w in worlds], [OPTIMIZER_MS[w] for w in worlds], 1)
-    scale = shared / (sum(job.update_ms for jobs in kinds for job in jobs.values()) / len(kinds))
-    rates = []
-    for world, ms in COLLECTIVES_MS.items():
-        moved = sum(2 * job.num_bytes for jobs in kinds for job in jobs.values()) / len(kinds)
-        latency = LATENCY_MS * sum(1 + job.is_sharded for jobs in kinds for job in jobs.values()) / len(kinds)
-        rates.append(moved * (world - 1) / world / 1e6 / (ms - latency))
+    scale = shared / per_step(kinds, lambda job: job.update_ms)
+    moved = per_step(kinds, moved_bytes)
+    latency = LATENCY_MS * per_step(kinds, lambda job: 1 + job.is_sharded)
+    rates = [moved * (w - 1) / w / 1e6 / (ms - latency) for w, ms in COLLECTIVES_MS.items()]
     return float(fixed), float(scale), sum(rates) / len(rates)
 
 
@@ -154,7 +161,7 @@ def table(kinds: Sequence[dict[str, Job]], bandwidth: float | None) -> Iterator[
     """Lines: a row for each world size."""
     fixed, scale, found = fitted(kinds)
     bandwidth = bandwidth or found
-    moved = sum(2 * job.num_bytes for jobs in kinds for job in jobs.values()) / len(kinds) / 1e6
+    moved = per_step(kinds, moved_bytes) / 1e6
     yield f"a step moves {moved:,.0f} MB (mean of an even and an odd one) at {bandwidth:.0f} GB/s"
     yield f"({found:.0f} was seen); optimizer {fixed:.2f} ms + {OPTIMIZER_MS[1] - fixed:.2f} ms / GPUs"
     yield ""

@@ -121,9 +121,7 @@ class Case:
     @functools.cached_property
     def compiled(self) -> tempfile.TemporaryDirectory:
         """What scoring compiles: empty at first, so that nothing comes from the run; then for all modes."""
-        folder = tempfile.TemporaryDirectory(prefix="golf-check-")
-        folder.name = os.path.realpath(folder.name)
-        return folder
+        return tempfile.TemporaryDirectory(prefix="golf-check-", dir=os.path.realpath(tempfile.gettempdir()))
 
     @functools.cached_property
     def packed(self) -> bytes:

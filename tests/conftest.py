@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 VOCAB, BOS = 250, 1
 TOKEN_BYTES = 3  # of every token but BOS
+
+
+def load_program(path: Path) -> ModuleType:
+    """A program of a folder that is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for themselves
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:

@@ -5,7 +5,6 @@ baselines and their errors together. What a GPU does is `pytest -m gpu` and the 
 """
 
 import ast
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_program
 
 import triton_kernels as tk
 
@@ -29,15 +29,7 @@ NOT_CONFIGS |= {"HEAD_X_SCALE", "HEAD_W_SCALE", "HEAD_GRAD_SCALE", "QKV_EPS"}
 NOT_CONFIGS |= {"E4M3_X_FACTOR", "E4M3_W_FACTOR", "E4M3_POST_FACTOR"}
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("benchmarks_kernels", COMMAND)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load()
+bench = load_program(COMMAND)
 cases = sys.modules["kernel_cases"]
 OPS = [family.op for family in bench.FAMILIES]
 

@@ -1,25 +1,18 @@
 """benchmarks/compare_speed.py: its logs are complete runs, its bars can fail, it says what it lacks."""
 
-import importlib.util
 import random
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_program
 
 import compare_runs as cr
 
 COMMAND = Path(__file__).resolve().parents[1] / "benchmarks" / "compare_speed.py"
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("benchmarks_compare_speed", COMMAND)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load()
+bench = load_program(COMMAND)
 
 
 def test_the_logs_are_complete_runs():

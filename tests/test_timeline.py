@@ -1,32 +1,24 @@
 """benchmarks/timeline.py: the simulated step is what can be worked out by hand, and has what was measured."""
 
-import importlib.util
 import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_program
 
 import train_gpt as tg
 
 COMMAND = Path(__file__).resolve().parents[1] / "benchmarks" / "timeline.py"
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("benchmarks_timeline", COMMAND)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load()
+bench = load_program(COMMAND)
 GB = 10**9
 
 
-def job(name: str, gigabytes: float, ms: float, is_sharded: bool = True) -> bench.Job:
-    return bench.Job(name, int(gigabytes * GB), is_sharded, ms)
+def job(gigabytes: float, ms: float, is_sharded: bool = True) -> bench.Job:
+    return bench.Job(int(gigabytes * GB), is_sharded, ms)
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +33,14 @@ def kinds() -> list[dict]:
 
 
 def test_one_gpu_sends_nothing():
-    jobs = {"a": job("a", 1, 3.0), "b": job("b", 2, 4.0, is_sharded=False)}
+    jobs = {"a": job(1, 3.0), "b": job(2, 4.0, is_sharded=False)}
     machine = bench.Machine(world=1, bandwidth=100, fixed_ms=0.5, scale=2.0)
     assert bench.simulate(jobs, "ab", "ba", machine) == pytest.approx(2 * 7 + 0.5)
 
 
 def test_two_gpus_by_hand():
     """Half a gigabyte at 100 GB/s takes 5 ms. The second gradient comes while the first is worked on."""
-    jobs = {"a": job("a", 1, 4.0), "b": job("b", 1, 20.0)}
+    jobs = {"a": job(1, 4.0), "b": job(1, 20.0)}
     machine = bench.Machine(world=2, bandwidth=100, fixed_ms=0.0, scale=1.0)
     # a: sent 0-5, worked on 5-7; b: sent 5-10, worked on 10-20; a's rows back 10-15, b's 20-25
     assert bench.simulate(jobs, "ab", "ab", machine) == pytest.approx(25)
@@ -60,13 +52,13 @@ def test_two_gpus_by_hand():
 
 def test_an_all_reduce_moves_twice_and_nothing_comes_back():
     machine = bench.Machine(world=2, bandwidth=100, fixed_ms=0.0, scale=1.0)
-    jobs = {"a": job("a", 1, 4.0, is_sharded=False)}
+    jobs = {"a": job(1, 4.0, is_sharded=False)}
     assert bench.simulate(jobs, "a", "a", machine) == pytest.approx(10 + 4)
 
 
 def test_what_comes_before_sending_delays_it():
     machine = bench.Machine(world=2, bandwidth=100, fixed_ms=0.0, scale=1.0)
-    late = {"a": bench.Job("a", GB, True, 4.0, before_ms=3.0)}
+    late = {"a": bench.Job(GB, True, 4.0, before_ms=3.0)}
     assert bench.simulate(late, "a", "a", machine) == pytest.approx(3 + 5 + 2 + 5)
 
 
@@ -98,9 +90,7 @@ def test_no_order_beats_the_trainers_by_the_model(kinds):
     fixed, scale, _ = bench.fitted(kinds)
     orders = [bench.all_orders(jobs) for jobs in kinds]
     assert [len(each) for each in orders] == [2**2, 840**2]  # 7 large ones, 3 of them alike: 7! / 3!
-    for bandwidth, jobs, each in itertools.product((80, 350), kinds, orders):
-        if len(jobs) != len(each[0][0]):
-            continue
+    for bandwidth, (jobs, each) in itertools.product((80, 350), zip(kinds, orders, strict=True)):
         assert sorted(each[-1][0]) == sorted(each[-1][1]) == sorted(jobs)
         machine = bench.Machine(8, bandwidth, fixed, scale)
         now = bench.simulate(jobs, *bench.orders_of(jobs), machine)
