@@ -181,7 +181,7 @@ SHORT = Recipe(
     target=3.28, fp8=("head", "mlp", "qkv"), tokenizer="gpt2",
 )
 SPRINT = replace(
-    SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=50, target=3.322, tokenizer=None,
+    SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=177, target=3.322, tokenizer=None,
     momentum=((0, 0.85), (60, 0.95), (343, 0.95), (353, 0.85)),
 )
 TINY = Recipe(

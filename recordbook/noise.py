@@ -52,11 +52,14 @@ def false_accepts(base: list[float], new: list[float], alpha: float) -> dict:
     }
 
 
-def floor(pairs: Pairs, runs: Sequence[Run], alpha: float, power: float = 0.9) -> dict:
-    """Spread, drift, the least gain that shows, and the share of false accepts. InputError below 2 pairs.
-
-    `runs`: every complete run of both arms that has a time, in the order in which they ran.
-    """
+def floor(
+    pairs: Pairs,
+    runs: Sequence[Run],  # every complete run of both arms that has a time, in the order in which they ran
+    alpha: float,
+    same_seeds: bool,  # whether the runs of a pair have one seed
+    power: float = 0.9,
+) -> dict:
+    """Spread, drift, the least gain that shows, and the share of false accepts. InputError below 2 pairs."""
     from recordbook.drift import drift
     from recordbook.planning import detectable_gain
     from recordbook.statistics import mean_sd, one_sample
@@ -68,7 +71,7 @@ def floor(pairs: Pairs, runs: Sequence[Run], alpha: float, power: float = 0.9) -
     gaps = [b - a for b, a in zip(new, base, strict=True)]
     loss_gaps = [b - a for b, a in zip(*pairs.both("loss"), strict=True)]
     sd_run, sd_pair = mean_sd(times)[1], mean_sd(gaps, max(times))[1]
-    found = {"pairs": len(new), "runs": len(times), "alpha": alpha, "power": power}
+    found = {"pairs": len(new), "runs": len(times), "same_seeds": same_seeds, "alpha": alpha, "power": power}
     found |= {"time_mean_s": mean_sd(times)[0], "time_sd_s": sd_run, "pair_sd_s": sd_pair}
     found |= {"loss_sd": mean_sd(losses)[1], "loss_pair_sd": mean_sd(loss_gaps, max(losses))[1]}
     found["first_run_extra_s"] = times[0] - math.fsum(times[1:]) / (len(times) - 1)
@@ -104,8 +107,10 @@ def in_words(found: dict) -> str:
         by = f"  drift by order {trend['s_per_run']:+.3g} s a run (95 % {span}), Spearman"
         lines.append(f"{by} {trend['spearman']:+.2f}, p {trend['p']:.3g}")
     lines.append(f"  first run against the others {found['first_run_extra_s']:+.4g} s")
-    sds = f"{found['loss_sd']:.4g}, within a pair (same seed) {found['loss_pair_sd']:.4g}"
-    lines.append(f"  sd of the loss {sds}")
+    seeds = "same seed" if found["same_seeds"] else "other seeds"
+    lines.append(
+        f"  sd of the loss {found['loss_sd']:.4g}, within a pair ({seeds}) {found['loss_pair_sd']:.4g}"
+    )
     for name, how in (("paired", "paired t-test"), ("welch", "Welch's test")):
         if gain := found.get(f"detectable_{name}_s"):
             chance = f"with probability {found['power']:g} at alpha {found['alpha']:g}"

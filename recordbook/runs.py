@@ -841,14 +841,31 @@ def go(series: Series) -> dict | None:
     return None
 
 
+def alternating_pairs(counted: Sequence[tuple[dict, Run | None]]) -> Pairs:
+    """The runs of one program as two arms, ABBA on each lane: a run and the next one there are a pair."""
+    base, new, failed = [], [], {"A": 0, "B": 0}
+    for lane in sorted({end["lane"] for end, _ in counted}):
+        here = [run for end, run in counted if end["lane"] == lane]
+        for i in range(0, len(here) - 1, 2):
+            a, b = here[i : i + 2] if i % 4 == 0 else reversed(here[i : i + 2])
+            if a and a.complete and b and b.complete:
+                base.append(a)
+                new.append(b)
+    return Pairs(base, new, failed)
+
+
 def measure_noise(series: Series) -> None:
     """What runs of one program as two arms say about this machine, to noise.json and the terminal."""
     from recordbook import noise
 
-    counted = sorted((e for e in series.ledger.ends("run") if e["counted"]), key=lambda e: e["attempt"])
-    runs = [run for e in counted if (run := series.result(e)) and run.complete and run.seconds is not None]
+    ends = sorted((e for e in series.ledger.ends("run") if e["counted"]), key=lambda e: e["attempt"])
+    counted, is_aa = [(end, series.result(end)) for end in ends], series.plan["kind"] == "aa"
+    runs = [run for _, run in counted if run and run.complete and run.seconds is not None]
+    pairs = pairs_of(series, series.plan["runs"]) if is_aa else alternating_pairs(counted)
+    if not is_aa and len(pairs.new) < 2:
+        return  # too few to say anything of a machine
     head = {"format": NOISE_FORMAT, "plan": digest_of((series.folder / PLAN).read_bytes())}
-    floor = head | noise.floor(pairs_of(series, series.plan["runs"]), runs, series.plan["alpha"])
+    floor = head | noise.floor(pairs, runs, series.plan["alpha"], same_seeds=is_aa)
     write_atomically(series.folder / NOISE, json.dumps(floor, indent=1, allow_nan=False) + "\n")
     print("\n" + noise.in_words(floor), flush=True)
 
@@ -888,7 +905,7 @@ def run_series(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     arms = [str(series.arm_folder(arm["arm"])) for arm in plan["arms"]]
     code = subprocess.run([sys.executable, str(PROJECT / "compare_runs.py"), *arms]).returncode
-    if plan["kind"] == "aa" and code == 0:
+    if plan["kind"] != "ab" and code == 0:
         measure_noise(series)
     return code
 
@@ -941,7 +958,7 @@ USAGE = {
 }
 ABOUT = {
     "series": "N runs (default 2) of train_gpt.py or of the trainer named, then the table of compare_runs.py "
-    "(it may grow later).",
+    "(it may grow later) and, from two pairs of runs on, what they say as two arms of one program (A/A).",
     "ab": "N runs of each of two trainers, interleaved ABBA BAAB on this machine, seeds 1..N equal in both.",
     "aa": "One trainer as both arms, N pairs: sd of times and of pair differences, drift by order, the least "
     "gain that N pairs show, and how often the procedure accepts a gain that is none.",

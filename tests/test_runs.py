@@ -3,6 +3,7 @@
 The trainer is a stand-in that writes logs in our format at once, with times and ends that a test gives it.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -427,6 +428,35 @@ def test_aa_reports_the_noise_floor(project):
     plan = json.loads((folder(project) / "plan.json").read_text())
     assert plan["arms"][0]["source"] == plan["arms"][1]["source"]
     assert sorted(p.name[:2] for p in folder(project).iterdir() if p.is_dir()) == ["A-", "B-"]
+
+
+def test_a_series_of_one_trainer_is_an_aa_too(project):
+    tell(project, "a", times=[2.0, 2.1, 2.05, 2.3, 2.2])
+    result = run(project, "a.py", "3")
+    assert "Noise floor" not in result.stdout  # one pair has no spread
+    result = run(project, "a.py", "5")
+    assert result.returncode == 0, result.stderr
+    assert "Noise floor of this machine: 5 runs of one program, 2 pairs" in result.stdout
+    assert "within a pair (other seeds)" in result.stdout
+    floor = json.loads((folder(project) / "noise.json").read_text())
+    assert floor["difference_s"]["mean"] == pytest.approx((0.1 - 0.25) / 2)  # AB BA: 2.1 - 2.0, 2.05 - 2.3
+    assert floor["runs"] == 5
+    assert floor["same_seeds"] is False
+
+
+def test_pairs_of_a_series_are_runs_of_one_lane():
+    @dataclasses.dataclass
+    class Stand:
+        name: str
+        complete: bool = True
+
+    lanes, names = [1, 2, 1, 2, 2, 1, 1, 2], "abcdefgh"
+    ran = [({"lane": lane}, Stand(name)) for lane, name in zip(lanes, names, strict=True)]
+    pairs = runs.alternating_pairs(ran)
+    found = [(a.name, b.name) for a, b in zip(pairs.base, pairs.new, strict=True)]
+    assert found == [("a", "c"), ("g", "f"), ("b", "d"), ("h", "e")]
+    ran[2][1].complete = False
+    assert [a.name for a in runs.alternating_pairs(ran).base] == ["g", "b", "h"]
 
 
 def test_false_accepts_are_about_alpha_for_noise():

@@ -1,6 +1,7 @@
 """benchmarks/timeline.py: the simulated step is what can be worked out by hand, and has what was measured."""
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,41 @@ def test_bad_input_is_one_line():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "timeline.py: error: --orders 1: must be from 2 to 1,024 GPUs; change it\n"
+
+
+# collectives.py, which measures the bandwidth that the timeline asks for
+
+COLLECTIVES = COMMAND.with_name("collectives.py")
+
+
+def test_collectives_are_timed_by_two_ranks():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [str(COLLECTIVES), "--recipe", "tiny", "--repeats", "2"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, *table = done.stdout.splitlines()
+    assert head.startswith("2 ranks, n=2 repeats; ")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    assert ["mlp_bank", "4.194", "reduce-scatter"] in [row[:3] for row in rows]
+    assert ["mlp_bank", "4.194", "all-gather"] in [row[:3] for row in rows]
+    assert len({(row[1], row[2]) for row in rows if float(row[1]) > 1}) == 6  # one row for each size
+    for _, megabytes, what, ms, rate in rows:
+        moved = float(megabytes) / 2 * (2 if what == "all-reduce" else 1)
+        assert float(ms) > 0
+        assert float(rate) == pytest.approx(moved / float(ms), abs=0.06, rel=0.05)  # both are rounded
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "torchrun"),
+        (["--recipe", "huge"], "huge"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--repeats", "x"], "'x'"),
+    ],
+)
+def test_collectives_refuse_in_one_line(monkeypatch, words, named):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(tg.InputError, match=re.escape(named)):
+        load_program(COLLECTIVES).main(words)
