@@ -461,8 +461,10 @@ class Corpus:
             raise InputError(f"no manifest.json in {folder}, so there is no prepared data there; {remedy}")
         try:
             manifest, digest = json.loads(path.read_bytes()), hashlib.sha256(path.read_bytes()).hexdigest()
-            tok, splits = manifest["tokenizer"], manifest["splits"]
-            table = np.load(folder / manifest["token_bytes"]["file"], allow_pickle=False)
+            tok, splits, of = manifest["tokenizer"], manifest["splits"], manifest["token_bytes"]
+            if hashlib.sha256((folder / of["file"]).read_bytes()).hexdigest() != of["sha256"]:
+                raise ValueError(f"{of['file']} has another hash than is stated")  # bpb would be wrong
+            table = np.load(folder / of["file"], allow_pickle=False)
             tokens = {row["file"]: row["tokens"] for s in ("train", "val") for row in splits[s]["shards"]}
             train, val = (tuple(sorted(folder.glob(f"*_{s}_*.bin"))) for s in ("train", "val"))
             corpus = cls(train, val, tok["vocab_size"], tok["bos_id"], tok["kind"], table, digest)
@@ -534,8 +536,7 @@ class Documents:
 
     def pack(self, first: int, after: int, slot_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """uint16 tokens [slot_tokens + 1] of documents first..after-1, and where each begins in the slot."""
-        begins = self.ends[first:after] - self.ends[first]
-        lengths = np.diff(self.ends[first : after + 1])
+        begins, lengths = self.ends[first:after] - self.ends[first], np.diff(self.ends[first : after + 1])
         lengths[-1] = slot_tokens + 1 - begins[-1]
         spans = zip(self.starts[first:after].tolist(), lengths.tolist(), strict=True)
         return np.concatenate([self.tokens[s : s + n] for s, n in spans]), begins

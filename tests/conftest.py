@@ -47,6 +47,13 @@ def make_tokens(rng: np.random.Generator, size: int, mean_length: int = 60) -> n
     return tokens
 
 
+def write_token_bytes(folder: Path, table: np.ndarray) -> dict[str, str]:
+    """The byte table of a prepared folder; its row of the manifest."""
+    path = folder / "token_bytes.npy"
+    np.save(path, table)
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def write_corpus(
     folder: Path, train_sizes: tuple[int, ...] = (30_000, 30_000), val_size: int = 6_000
 ) -> Path:
@@ -71,11 +78,10 @@ def write_corpus(
         }
     table = np.full(VOCAB, TOKEN_BYTES, np.uint16)
     table[BOS] = 0
-    np.save(folder / "token_bytes.npy", table)
     manifest = {
         "format": 1,
         "tokenizer": {"kind": "bytes", "name": "toy", "vocab_size": VOCAB, "bos_id": BOS, "files": []},
-        "token_bytes": {"file": "token_bytes.npy", "sha256": ""},
+        "token_bytes": write_token_bytes(folder, table),
         "splits": splits,
         "sources": [],
     }

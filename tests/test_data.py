@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, TOKEN_BYTES, VOCAB, write_corpus, write_shard
+from conftest import BOS, TOKEN_BYTES, VOCAB, write_corpus, write_shard, write_token_bytes
 
 import train_gpt as tg
 
@@ -57,9 +57,9 @@ def corpus_of(
             name = f"made_{split}_{i:06d}.bin"
             write_shard(folder / name, tokens)
             splits[split]["shards"].append({"file": name, "tokens": len(tokens)})
-    np.save(folder / "token_bytes.npy", np.where(np.arange(vocab) == BOS, 0, TOKEN_BYTES).astype(np.uint16))
+    table = np.where(np.arange(vocab) == BOS, 0, TOKEN_BYTES).astype(np.uint16)
     tokenizer = {"kind": "bytes", "vocab_size": vocab, "bos_id": BOS}
-    manifest = {"tokenizer": tokenizer, "token_bytes": {"file": "token_bytes.npy"}, "splits": splits}
+    manifest = {"tokenizer": tokenizer, "token_bytes": write_token_bytes(folder, table), "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return tg.Corpus.open(folder)
 
@@ -174,6 +174,16 @@ def edit(folder: Path, change) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def edit_table(folder: Path, table: np.ndarray | bytes) -> None:
+    """Another byte table, its hash in the manifest."""
+    if isinstance(table, bytes):
+        (folder / "token_bytes.npy").write_bytes(table)
+    else:
+        np.save(folder / "token_bytes.npy", table)
+    digest = hashlib.sha256((folder / "token_bytes.npy").read_bytes()).hexdigest()
+    edit(folder, lambda manifest: manifest["token_bytes"].update(sha256=digest))
+
+
 # --- shards and manifests ----------------------------------------------------------------------------------
 
 
@@ -250,9 +260,13 @@ DAMAGE = {  # what is done to a good folder: what the message must hold
     "row without count": (lambda d: edit(d, lambda m: first_row(m).pop("tokens")), "'tokens'"),
     "no bos_id": (lambda d: edit(d, lambda m: m["tokenizer"].pop("bos_id")), "'bos_id'"),
     "no byte table": (lambda d: (d / "token_bytes.npy").unlink(), "token_bytes.npy"),
-    "byte table damaged": (lambda d: (d / "token_bytes.npy").write_bytes(b"garbage"), "manifest.json"),
-    "byte table empty": (lambda d: (d / "token_bytes.npy").write_bytes(b""), "manifest.json"),
-    "byte table short": (lambda d: np.save(d / "token_bytes.npy", np.zeros(9, np.uint16)), "byte table of 9"),
+    "byte table garbage": (lambda d: edit_table(d, b"garbage"), "manifest.json"),
+    "byte table empty": (lambda d: edit_table(d, b""), "manifest.json"),
+    "byte table short": (lambda d: edit_table(d, np.zeros(9, np.uint16)), "byte table of 9"),
+    "byte table of another": (
+        lambda d: np.save(d / "token_bytes.npy", np.full(VOCAB, 7, np.uint16)),
+        "token_bytes.npy has another hash",
+    ),
     "vocabulary": (lambda d: edit(d, lambda m: m["tokenizer"].update(vocab_size=251)), "vocab_size 251"),
     "vocabulary text": (lambda d: edit(d, lambda m: m["tokenizer"].update(vocab_size="250")), "250"),
     "bos outside": (lambda d: edit(d, lambda m: m["tokenizer"].update(bos_id=VOCAB)), f"bos_id {VOCAB}"),
