@@ -740,28 +740,29 @@ class GPT(nn.Module):
         attn_rows = round_up(4 * len(attending), BANK_MULTIPLE) // 4
         mlp_rows = round_up(2 * len(r.layers), BANK_MULTIPLE) // 2
         bound = (3 / r.model_dim) ** 0.5  # of the uniform distribution with standard deviation D^-1/2
+        zeros = functools.partial(torch.zeros, dtype=cfg.dtype)
+        head = torch.empty(r.model_dim, cfg.padded_vocab).normal_(std=0.005, generator=gen).to(cfg.dtype)
         init = {
-            "attn_bank": torch.zeros(attn_rows, 4, r.model_dim, r.model_dim),  # matrices q, k, v, o
-            "mlp_bank": torch.zeros(mlp_rows, 2, r.hidden_dim, r.model_dim),  # c_fc and, transposed, c_proj
+            "attn_bank": zeros(attn_rows, 4, r.model_dim, r.model_dim),  # matrices q, k, v, o
+            "mlp_bank": zeros(mlp_rows, 2, r.hidden_dim, r.model_dim),  # c_fc and, transposed, c_proj
             "scalars": scalars,
-            **{f"ve{i}": torch.zeros(cfg.padded_vocab, r.model_dim) for i in range(3)},
-            **{name: torch.zeros(1, GATE_DIM) for name in ("smear_gate", "skip_gate")},
-            "attn_gate_bank": torch.zeros(len(attending), r.num_heads, GATE_DIM),
-            "ve_gate_bank": torch.zeros(len(value_layers), r.num_heads, GATE_DIM),
+            **{f"ve{i}": zeros(cfg.padded_vocab, r.model_dim) for i in range(3)},
+            **{name: zeros(1, GATE_DIM) for name in ("smear_gate", "skip_gate")},
+            "attn_gate_bank": zeros(len(attending), r.num_heads, GATE_DIM),
+            "ve_gate_bank": zeros(len(value_layers), r.num_heads, GATE_DIM),
             "x0_lambdas": torch.zeros(len(r.layers)),
-            "lm_head": torch.empty(r.model_dim, cfg.padded_vocab).normal_(std=0.005, generator=gen),
+            "lm_head": head,
+            "embed": head.T.contiguous(),
         }
-        init["attn_bank"][:, :3].uniform_(-bound, bound, generator=gen)
-        init["mlp_bank"][:, 0].uniform_(-bound / 2, bound / 2, generator=gen)
-        init["embed"] = init["lm_head"].T.contiguous()
+        for bank, part, most in (("attn_bank", slice(0, 3), bound), ("mlp_bank", slice(0, 1), bound / 2)):
+            values = init[bank][:, part]  # drawn as float32, whatever they are kept as
+            values.copy_(torch.empty(values.shape).uniform_(-most, most, generator=gen))
         for name, value in init.items():
-            dtype = torch.float32 if name in ("scalars", "x0_lambdas") else cfg.dtype
-            self.register_parameter(name, nn.Parameter(value.to(dtype)))
+            self.register_parameter(name, nn.Parameter(value))
         # Twice the longest slot: paired heads give every token two positions.
         longest = max(r.val_slot, *(stage.batch_tokens // cfg.slots for stage in r.stages))
         for name in ("cos", "sin"):
-            table = torch.zeros(2 * longest, r.head_dim // 4, dtype=cfg.dtype)
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, zeros(2 * longest, r.head_dim // 4), persistent=False)
         self.set_rotary(yarn(r, 0)[0])
 
     def set_rotary(self, freqs: Tensor) -> None:
@@ -793,8 +794,7 @@ class GPT(nn.Module):
         qkv_mul, out_mul = (self.scalars[self.slices[n]].unbind(0) for n in ("qkv", "out"))
         attn, attn_gates = iter(self.attn_bank.unbind(0)), iter(self.attn_gate_bank.unbind(0))
         ve_gates, mlp = iter(self.ve_gate_bank.unbind(0)), iter(self.mlp_bank.flatten(0, 1).unbind(0))
-        values = [F.embedding(tokens_N, table) for table in (self.ve0, self.ve1, self.ve2)]
-        weights = []
+        values, weights = [F.embedding(tokens_N, table) for table in (self.ve0, self.ve1, self.ve2)], []
         for i, layer in enumerate(self.layers):
             w = {"fc": next(mlp), "proj": next(mlp)}
             if layer.attn:
