@@ -122,6 +122,8 @@ OUR_SOURCE = re.compile(rb"#### source (.+) sha256=([0-9a-f]{64}) lines=(\d{1,7}
 STEP = re.compile(rb"step:(\d{1,9})/(\d{1,9}) ")
 TRAIN = re.compile(rb"step:\d+/\d+ train_loss:(\S+)(?: train_time:([\d.]+|nan)(ms|s)\b)?")
 LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):(\S+)")
+CLOCK = re.compile(rb" train_time:(\S+)")
+MARKS = 32  # of a run's clock that are kept: enough to see where time was lost, little for many long logs
 KEY_VALUE = re.compile(rb"(\w+):(\S+)")
 DURATION = re.compile(rb"([\d.]+|nan)(ms|s)")
 PEAK = re.compile(rb"peak memory (?:allocated|consumption): (\d{1,9}) MiB(?: reserved: (\d{1,9}) MiB)?")
@@ -163,6 +165,7 @@ class Trial:
     train_bad: int | None = None  # first step with a training loss that is not finite
     bpb: list[float] = field(default_factory=list)
     measured: dict[bytes, bytes] = field(default_factory=dict)  # every key of the last validation line
+    marks: dict[int, float] = field(default_factory=dict)  # training seconds after some of the steps
     totals: set[int] = field(default_factory=set)
     last_step: int = -1
     stopped_early: bool = False  # a line says that the budget, not the schedule, ended the run
@@ -197,6 +200,7 @@ class Run:
     loss_from: str = "last validation line"
     peak_mib: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # finite numbers of the last validation
+    marks: dict[int, float] = field(default_factory=dict)  # training seconds after some of the steps
 
     @property
     def complete(self) -> bool:
@@ -350,6 +354,12 @@ def add_val(trial: Trial, line: bytes, step: int) -> None:
             trial.conflict = trial.conflict or f"val_bpb {bpb} beside a finite loss at step {step}"
 
 
+def add_mark(trial: Trial, step: int, seconds: float | None) -> None:
+    """Keep the clock at a step, unless it shows no time."""
+    if seconds is not None and math.isfinite(seconds):
+        trial.marks[step] = seconds
+
+
 def add_closing(trial: Trial, line: bytes) -> None:
     """Add a closing line (peak memory, status, early end, contest result) if it is one."""
     if line.startswith(b"status: "):
@@ -394,8 +404,11 @@ def parse_trials(lines: list[bytes], start: int) -> tuple[list[Trial], int]:
         trial.last_step = max(trial.last_step, step)
         trial.lines_after_close |= bool(trial.closing)
         if match.re is STEP:
-            trial.totals.add(int(match[2]))
+            total = int(match[2])
+            trial.totals.add(total)
             (add_val if is_val else add_train)(trial, line, step)
+            if not step % (total // MARKS or 1) and (clock := CLOCK.search(line)):
+                add_mark(trial, step, parse_seconds(clock[1]))
         elif not is_val:
             count_train(trial, step, parse_number(match[3]), None)
         elif (loss := parse_number(match[3])) is not None:
@@ -485,7 +498,7 @@ def parse_log(data: bytes, name: str, path: str) -> list[Run]:
         run.train_last, run.train_lines = trial.train_last, trial.train_lines
         run.steps_done = trial.last_step if trial.last_step >= 0 else None
         run.steps_planned = max(trial.totals, default=run.steps_done if timeless else None)
-        run.peak_mib = trial.peak_mib
+        run.peak_mib, run.marks = trial.peak_mib, trial.marks
         if trial.val:
             run.loss, run.seconds = trial.val[-1].loss, trial.val[-1].seconds
             run.bpb = trial.bpb[-1] if len(trial.bpb) == len(trial.val) else None

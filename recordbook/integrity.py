@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
 from compare_runs import LOG_END, PACKINGS, SETTINGS, Arm, Refusal, Run, printable, some, started, values
 from recordbook.drift import blocked_order, drift, drift_rule, outliers
@@ -58,6 +59,7 @@ LEVELS = {
     "drift": (BLOCKS, BLOCKS),  # blocked order and a drift that may be the gain
     "drifting": (NOTES, NOTES),
     "outlier": (WARNS, WARNS),
+    "held-up": (WARNS, WARNS),  # a run lost time in stretches in which the others of its arm did not
     "ledger": (BLOCKS, BLOCKS),  # cannot be read, or does not agree with the logs
     "ledger-failed": (WARNS, WARNS),
     "ledger-other": (WARNS, WARNS),
@@ -278,6 +280,35 @@ def odd_values(arms: Sequence[Arm]) -> Iterator[Fact]:
                 far = f"{abs(found[i] - check.median):{form}} from the median {check.median:{form}}"
                 text = f"{arm.name}: {arm.counted[i].name}: {what} {found[i]:{form}} is an outlier, {far}"
                 yield "outlier", f"{text}; it counts", [arm.counted[i]]
+
+
+SLOW, LOST = 1.25, 0.005  # times a stretch of steps usually takes; of a run's time, lost in such stretches
+
+
+def held_up(arms: Sequence[Arm]) -> Iterator[Fact]:
+    """Runs that something disturbed: stretches of steps far slower than in the other runs of the arm.
+
+    Needs three runs, and clocks on the step lines. A slower GPU is slower all along, which is no finding.
+    """
+    for arm in arms:
+        runs = [run for run in arm.counted if run.seconds]
+        common = sorted(set.intersection(*(set(run.marks) for run in runs))) if len(runs) > 2 else []
+        stretches = list(pairwise(common))
+        took = [[run.marks[b] - run.marks[a] for run in runs] for a, b in stretches]
+        usual = [median(times) for times in took]
+        for i, run in enumerate(runs):
+            ratios = [times[i] / most if most else 1.0 for times, most in zip(took, usual, strict=True)]
+            slow = [k for k, ratio in enumerate(ratios) if ratio > SLOW * median(ratios)]
+            lost = sum(took[k][i] - usual[k] * median(ratios) for k in slow)
+            if lost < LOST * run.seconds:
+                continue
+            worst = max(slow, key=lambda k: took[k][i] - usual[k])
+            text = (
+                f"{arm.name}: {run.name} lost {lost:.1f} of its {run.seconds:.1f} s where other runs did not"
+            )
+            place = "steps {} to {}".format(*stretches[worst])
+            much = f"{place}, for one, took {took[worst][i]:.1f} s, usually {usual[worst]:.1f}"
+            yield "held-up", f"{text}: {much}; it counts", [run]
 
 
 # 4. order ---------------------------------------------------------------------------------------------------
@@ -542,6 +573,7 @@ def facts(arms: Sequence[Arm], claim: str | None, track: Track | None) -> Iterat
         yield from clocks(arms)
     yield from unused(arms)
     yield from odd_values(arms)
+    yield from held_up(arms)
     yield from order(arms)
     yield from ledger(arms)
     if track and track.name:

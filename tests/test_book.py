@@ -1125,3 +1125,31 @@ def test_near_numbers():
     assert list(differences({"a": 1}, {"a": True})) == ["a is 1, must be True"]
     assert list(differences([1], [1, 2])) == [" is [1], must be [1, 2]"]
     assert math.isclose(1.0, 1.0 + 1e-12)
+
+
+# a real series ----------------------------------------------------------------------------------------------
+
+H200 = ROOT / "tests" / "series" / "2026-11-28_sprint-ab"
+
+
+@pytest.mark.parametrize(
+    ("claim", "about", "more"),
+    [
+        ("systems", "loss: val_loss differs by +0.00228 (98% interval -0.00203 to +0.00658)", 11),
+        ("ml", "target: mean val_loss 3.3180 (sd 0.0021, n 4) is 0.0040 below 3.322", 3),
+    ],
+)
+def test_four_pairs_on_h200_are_too_few_for_a_record(tmp_path, capsys, claim, about, more):
+    """15 % faster, and refused: what its four pairs say of the loss is not sure enough."""
+    book, first = tmp_path, "2026-11-28_foundation"
+    shutil.copytree(ROOT / "records" / "sprint" / first, book / "sprint" / first)
+    shutil.copy(ROOT / "records" / "sprint" / "track.toml", book / "sprint")
+    before = sorted(book.rglob("*"))
+    words = ["accept", str(H200), "--track", "sprint", "--claim", claim, "--name", "fast"]
+    assert cr.main([*words, "--records", str(book)]) == 4
+    said = capsys.readouterr().out
+    assert f"INCONCLUSIVE (about {more} more runs of each arm)" in said
+    assert "pass: time: B-train_gpt-4d0e2d6c is 22.4440 s (15.00%) faster" in said
+    assert f"open: {about}" in said
+    assert "lost" not in said, "no run was held up"
+    assert sorted(book.rglob("*")) == before

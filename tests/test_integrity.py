@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,56 @@ def test_each_finding(arms, arm, runs, options, code, level, words, files):
     assert found.level == level
     assert words in found.text
     assert len(found.files) == files
+
+
+def delay(path: Path, from_step: int, factor: float = 1.0, ms: int = 0) -> None:
+    """Stretch the clock of a log, and add to it from a step on."""
+
+    def later(match: re.Match) -> str:
+        at = round(factor * int(match[3])) + (ms if int(match[2]) >= from_step else 0)
+        return f"{match[1]}{at}ms"
+
+    pattern = r"^(step:(\d+)/.* train_time:)(\d+)ms"
+    path.write_text(re.sub(pattern, later, path.read_text(), flags=re.M))
+
+
+def test_a_run_that_was_held_up_is_named(arms):
+    delay(arms / "new" / "run1.txt", from_step=15, ms=300)
+    found = findings(arms)["held-up"]
+    assert (found.level, found.files) == ("warns", ("run1.txt",))
+    assert "new: run1.txt lost 0.3 of its 1.3 s" in found.text
+    assert "steps 14 to 15, for one, took 0.3 s, usually 0.0" in found.text
+    delay(arms / "new" / "run1.txt", from_step=15, ms=-300)
+    assert "held-up" not in findings(arms)
+
+
+def test_a_run_that_is_slower_all_along_was_not_held_up(arms):
+    delay(arms / "new" / "run1.txt", from_step=99, factor=1.5)
+    assert "held-up" not in findings(arms)
+
+
+def test_a_hold_up_shows_from_three_runs_on_by_the_clocks_that_there_are(arms):
+    for arm in LOSSES:
+        (arms / arm / "run3.txt").unlink()
+    delay(arms / "new" / "run1.txt", from_step=15, ms=300)
+    assert "held-up" in findings(arms)
+    for i in (0, 2):
+        path = arms / "new" / f"run{i}.txt"
+        path.write_text(
+            re.sub(r"(train_loss:\S+) train_time:\S+", r"\1 train_time:1.2.3ms", path.read_text())
+        )
+    assert "steps 10 to 20" in findings(arms)["held-up"].text, "validations have clocks too"
+    for arm in LOSSES:
+        (arms / arm / "run2.txt").unlink()
+    assert "held-up" not in findings(arms)
+
+
+def test_the_first_baseline_of_sprint_had_a_run_that_was_held_up():
+    """One of its GPUs scored another model while the run's clock had started."""
+    (record,) = Path(it.__file__).parents[1].glob("records/sprint/2026-11-28_*")
+    (found,) = [f for f in it.find([cr.load_arm(str(record / "logs"))]) if f.code == "held-up"]
+    assert found.files == ("run-002.txt.zst",)
+    assert "lost 6.1 of its 154.1 s" in found.text
 
 
 def test_contradictory_final_lines(arms):
