@@ -1432,7 +1432,7 @@ def run(args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> int:
     log = job.log = Log(args.out, is_master=ranks.rank == 0)
     try:
         log.header(map(Path, (__file__, kernels.__file__)), describe(args, cfg, ranks, corpus))
-        log.say("\n".join(lines + more))
+        log.say("\n".join([*lines, *more, f"data and model: {time.perf_counter() - began:.1f} s"]))
         with ranks.process_group():
             warm_up(job)
             log.say(f"warm-up: done {time.perf_counter() - began:.1f} s after the start")
