@@ -179,6 +179,7 @@ def rules_of(track: Track) -> str:
     side = "at or below" if track.direction == "lower" else "at or above"
     machine = f"{track.gpus} GPU{'s' * (track.gpus > 1)} named {track.hardware}"
     test = f"{TIME_TESTS[track.time_test][1]} of the training times"
+    test = f"Welch's one-sided t-test of {track.metric}" if track.is_score else test
     goal = f"the least training time to a mean {track.metric} {side} {track.target:g}"
     if track.is_score:
         goal = f"the best mean {track.metric} of a fixed budget, {side} {track.target:g}"
@@ -190,7 +191,7 @@ def rules_of(track: Track) -> str:
         ("Runs", f"at least {track.min_runs} complete ones of each arm, on one machine, planned beforehand"),
         ("Tests", f"each at the level {track.alpha:g}; {test}"),
         ("Claims", "; ".join(claims_of(track))),
-        ("Notes", track.notes),
+        ("Notes", " ".join(track.notes.split())),
     ]
     return definitions(rows)
 

@@ -206,6 +206,8 @@ def test_tracks_without_records_show_their_rules(page):
     assert "one unit is worth 390 ± 30 s" in said
     assert "score: equal budget; val_bpb better by more than 0.00194 bits a byte (0.005 nats/token)" in said
     assert "2 records on 4 tracks." in said
+    assert "each at the level 0.01; Welch's one-sided t-test of val_bpb" in said, "the time is fixed there"
+    assert "taken by a process that sees the artifact" in said, "lines of the notes are no lines of the page"
 
 
 def test_the_same_records_give_the_same_bytes(book, text, tmp_path):
