@@ -22,7 +22,7 @@ from recordbook.book import Record, records_of
 from recordbook.pages import beside_previous, gain_text, machine_letters, probability
 from recordbook.statistics import half_interval
 from recordbook.tracks import CPU, FILE, RECORDS, Track, load_track, track_names
-from recordbook.verdict import TIME_TESTS
+from recordbook.verdict import LOSS_TESTS, TIME_TESTS
 
 OUT = "records.html"
 POINTS_OF_A_CHART = 1_200  # of all its curves: some 15 kB
@@ -179,6 +179,8 @@ def rules_of(track: Track) -> str:
     side = "at or below" if track.direction == "lower" else "at or above"
     machine = f"{track.gpus} GPU{'s' * (track.gpus > 1)} named {track.hardware}"
     test = f"{TIME_TESTS[track.time_test][1]} of the training times"
+    if "systems" in track.claims:
+        test += f"; {LOSS_TESTS[track.loss_test][1]}, of a systems claim's {track.metric}"
     test = f"Welch's one-sided t-test of {track.metric}" if track.is_score else test
     goal = f"the least training time to a mean {track.metric} {side} {track.target:g}"
     if track.is_score:

@@ -28,7 +28,7 @@ OWN_FILES = (*MADE, *evidence.TOP, evidence.LOGS)  # names that no source of a r
 MOST_FAULTS = 4  # of an account, in one line
 # What of a track decides. Rules of a track that has records do not change: other rules are another track.
 RULES = ("metric", "direction", "target", "alpha", "margin", "min_runs", "recipe", "gpus", "hardware")
-RULES += ("time_test", "data", "seconds_per_loss", "seconds_per_loss_sd")
+RULES += ("time_test", "loss_test", "data", "seconds_per_loss", "seconds_per_loss_sd")
 
 # 1. judging -----------------------------------------------------------------------------------------------
 

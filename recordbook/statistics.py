@@ -230,6 +230,7 @@ def paired(
     alternative: str = "less",
     level: float = 0.95,
     pairs_per_block: int = 1,  # 2 for ABBA BAAB: both pairs of a block change sign together
+    null: float = 0.0,  # mean difference under the null hypothesis
 ) -> Paired:
     """Analysis of interleaved runs: new[i] and base[i] ran one after the other.
 
@@ -247,11 +248,22 @@ def paired(
     if len(d) % pairs_per_block:
         raise ValueError(f"pairs_per_block: {pairs_per_block} must divide the {len(d)} pairs; use 1")
     m, s = mean_sd(d, size)
-    test = t_test("paired", alternative, (len(d), len(d)), m, [(s**2 / len(d), len(d) - 1)], level)
+    test = t_test("paired", alternative, (len(d), len(d)), m, [(s**2 / len(d), len(d) - 1)], level, null)
+    d = [x - null for x in d]
     grain = NOISE * size  # so that equal differences tie in spite of rounding
     ranks_p = float(wilcoxon(np.round(np.array(d) / grain), alternative=alternative).pvalue)
     blocks = np.array(d).reshape(-1, pairs_per_block).sum(axis=1)
-    return Paired(test, s, sign_flips(blocks, alternative, m), ranks_p)
+    return Paired(test, s, sign_flips(blocks, alternative, m - null), ranks_p)
+
+
+def non_inferiority_pairs(
+    new: Sequence[float], base: Sequence[float], margin: float, level: float = 0.95
+) -> Paired:
+    """non_inferiority by the differences of pairs, which leave out what the runs of a pair share.
+
+    Errors: as paired, and a negative or infinite margin.
+    """
+    return paired(new, base, "less", level, null=number("margin", margin, 0, LARGEST, closed=True))
 
 
 # 3. robust and permutation tests ------------------------------------------------------------------------

@@ -28,6 +28,7 @@ GAIN_UNITS = {
     "bits/byte": lambda gain, b: gain,
 }
 TIME_TESTS = ("welch-less", "welch-two-sided", "student", "paired")
+LOSS_TESTS = ("welch", "paired")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Track:
     gpus: int  # 0 on a CPU
     hardware: str  # CPU, or a regular expression for the whole name of each GPU
     time_test: str
+    loss_test: str = "welch"  # of a systems claim's non-inferiority
     data: str | None = None  # 'sha256=...' as our logs print it; None: equal in all arms, whatever it is
     seconds_per_loss: float | None = None  # k: seconds that one unit of the metric is worth
     seconds_per_loss_sd: float | None = None  # its standard error
@@ -143,6 +145,7 @@ TABLE: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
     "claims": (True, is_choices, f"a list of {', '.join(CLAIMS)}, or of some of them"),
     "recipe": (True, is_line, "the recipe that the logs name"),
     "time_test": (True, lambda value: value in TIME_TESTS, f"one of {', '.join(TIME_TESTS)}"),
+    "loss_test": (False, lambda value: value in LOSS_TESTS, f"one of {', '.join(LOSS_TESTS)}"),
     "hardware.gpus": (True, lambda value: is_whole(value, 0), "a whole number, 0 for a CPU"),
     "hardware.name": (True, is_pattern, f"'{CPU}' or a regular expression for the GPUs' names"),
     "data": (

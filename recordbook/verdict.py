@@ -121,6 +121,7 @@ def described(track: Track, claim: str, alpha: float) -> str:
     return (
         f"claim {claim}, {name}: {track.metric}, {bound}, alpha {alpha:.3g}, "
         f"at least {track.min_runs} runs of each arm, time test {track.time_test}"
+        + (f", loss test {track.loss_test}" if claim == "systems" else "")
     )
 
 
@@ -240,6 +241,9 @@ def loss_statistics(base: Arm, candidate: Arm, track: Track, alpha: float) -> di
     level, found = 1 - 2 * alpha, {}
     found["loss_difference"] = partial(st.welch, new, old, "two-sided", level)
     found["loss_non_inferiority"] = partial(st.non_inferiority, new, old, track.margin, level)
+    found["loss_non_inferiority_pairs"] = lambda: st.non_inferiority_pairs(
+        *paired_metric(base, candidate, track), track.margin, level
+    )
     found["loss_always_valid_pairs"] = lambda: st.always_valid_pairs(
         *paired_metric(base, candidate, track), track.margin
     )
@@ -375,12 +379,31 @@ def time_reason(case: Case) -> Reason:
     return judged(case, "time", text, p, wrong_p, gain, needed)
 
 
+# loss_test: (statistic, its name)
+LOSS_TESTS = {
+    "welch": ("loss_non_inferiority", "non-inferiority"),
+    "paired": ("loss_non_inferiority_pairs", "non-inferiority of pairs"),
+}
+
+
+def loss_test(case: Case) -> tuple[str, Any]:
+    """(name, result) of the track's test; Welch's where all pairs differ by the same, as equal maths may."""
+    key, name = LOSS_TESTS[case.track.loss_test]
+    if key == "loss_non_inferiority_pairs" and isinstance(case.found[key], str):
+        pairs = or_why(partial(paired_metric, case.base, case.new, case.track))
+        if not isinstance(pairs, str) and len({round(a - b, 9) for a, b in zip(*pairs, strict=True)}) == 1:
+            key, name = LOSS_TESTS["welch"]
+            name += " of the arms, as all pairs differ by the same"
+    return name, case.found[key]
+
+
 def loss_reason(case: Case) -> Reason:
-    """systems: is the metric not worse than the baseline's by the margin?"""
-    test, metric, margin = case.found["loss_non_inferiority"], case.track.metric, case.track.margin
-    if isinstance(test, str):
-        return missing(case, "loss", test)
-    name, p = "non-inferiority", test.p
+    """systems: is the metric not worse than the baseline's by the margin, by the track's test?"""
+    (name, result), metric, margin = loss_test(case), case.track.metric, case.track.margin
+    if isinstance(result, str):
+        return missing(case, "loss", result, fatal=case.track.loss_test == "paired")
+    test = getattr(result, "test", result)
+    p = test.p
     if case.early_stop:
         name, p = "always-valid non-inferiority of pairs", valid_p(case, "loss", "loss_always_valid_pairs")
         if isinstance(p, Reason):
@@ -393,8 +416,11 @@ def loss_reason(case: Case) -> Reason:
         f"{bounds[1]:+.5f}), may be worse by less than {margin:g}; "
         f"{name}: {compared(p, case.alpha)}"
     )
-    sd = pooled_sd(oriented(case.new, case.track), oriented(case.base, case.track))
-    needed = partial(planning.runs_needed_two_sample, gain, sd, case.alpha)
+    if isinstance(result, statistics.Paired):
+        needed = partial(planning.runs_needed_one_sample, gain, result.sd, case.alpha)
+    else:
+        sd = pooled_sd(oriented(case.new, case.track), oriented(case.base, case.track))
+        needed = partial(planning.runs_needed_two_sample, gain, sd, case.alpha)
     return judged(case, "loss", text, p, 1 - test.p, gain, needed)
 
 

@@ -1135,7 +1135,7 @@ H200 = ROOT / "tests" / "series" / "2026-11-28_sprint-ab"
 @pytest.mark.parametrize(
     ("claim", "about", "more"),
     [
-        ("systems", "loss: val_loss differs by +0.00228 (98% interval -0.00203 to +0.00658)", 11),
+        ("systems", "loss: val_loss differs by +0.00227 (98% interval -0.00213 to +0.00668)", 6),
         ("ml", "target: mean val_loss 3.3180 (sd 0.0021, n 4) is 0.0040 below 3.322", 3),
     ],
 )

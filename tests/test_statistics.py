@@ -76,6 +76,21 @@ def test_non_inferiority_is_the_shifted_welch_test():
     assert rb.non_inferiority(new, base, 0).p == rb.welch(new, base).p
 
 
+def test_non_inferiority_of_pairs_is_the_shifted_paired_test():
+    rng = np.random.default_rng(5)
+    base = rng.normal(3.3, 0.002, 8)
+    new = base + rng.normal(0.0024, 0.0016, 8)  # what the runs of a pair share is left out
+    found = rb.non_inferiority_pairs(new.tolist(), base.tolist(), 0.005)
+    expected = stats.ttest_rel(new - 0.005, base, alternative="less")
+    assert found.test.p == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found.test.difference == pytest.approx((new - base).mean(), rel=1e-9), "not shifted"
+    assert found.test.low < found.test.difference < found.test.high
+    assert found.test.p < rb.non_inferiority(new.tolist(), base.tolist(), 0.005).p
+    shifted = rb.paired((new - 0.005).tolist(), base.tolist())
+    assert found.permutation.p == shifted.permutation.p
+    assert found.wilcoxon_p == pytest.approx(shifted.wilcoxon_p)
+
+
 def test_paired_of_the_published_runs():
     """The README of the logs: -1.4173 (sd 0.2631, p 1.86e-8; Wilcoxon 0.00098)."""
     found = rb.paired(NEW, BASE)

@@ -66,6 +66,8 @@ def test_a_sound_track():
     with pytest.raises(dataclasses.FrozenInstanceError):
         track.target = 2.0
     assert tr.track_of(toml()).data is None
+    assert tr.track_of(toml()).loss_test == "welch"
+    assert tr.track_of(toml(loss_test='"paired"')).loss_test == "paired"
 
 
 @pytest.mark.parametrize("key", SOUND)
@@ -93,6 +95,7 @@ WRONG = {
     "claims": ["[]", '"ml"', '["ml", "ml"]', '["faster"]', "[1]", "[[]]"],
     "recipe": ['""', "1"],
     "time_test": ['"welch"', "1"],
+    "loss_test": ['"welch-less"', "1"],
     "data": ['"abc"', '"sha256=XY"', '""'],
     "seconds_per_loss": ["0", "-1", "nan"],
     "seconds_per_loss_sd": ["-1", '"1"'],

@@ -167,6 +167,43 @@ def test_every_time_test(pair, capsys, test):
     assert cr.TIME_TESTS[test] in capsys.readouterr().out
 
 
+def test_a_loss_of_pairs_is_surer_where_pairs_share_a_seed(pair):
+    """Losses that differ by seed far more than by program: Welch's test cannot tell, that of pairs can."""
+    by_seed = [loss + 0.02 * (i % 3) for i, loss in enumerate(LOSSES)]
+    args = pair(losses=[loss + 0.0008 * (-1) ** i for i, loss in enumerate(by_seed)])
+    for i, loss in enumerate(by_seed):
+        path = Path(args[0]) / f"run{i}.txt"
+        path.write_text(path.read_text().replace(f"val_loss:{LOSSES[i]:.4f}", f"val_loss:{loss:.4f}"))
+    welch, pairs = (judge(args, margin=0.005, loss_test=test) for test in ("welch", "paired"))
+    assert (states(welch)["loss"], states(pairs)["loss"]) == ("open", "pass")
+    (reason,) = [r for r in pairs.reasons if r.about == "loss"]
+    assert "non-inferiority of pairs: p = " in reason.text
+    assert reason.p == pairs.statistics["loss_non_inferiority_pairs"].test.p
+    assert (welch.outcome, pairs.outcome) == ("INCONCLUSIVE", "ACCEPT")
+    (found,) = [r for r in judge(args, margin=0.0009, loss_test="paired").reasons if r.about == "loss"]
+    assert found.state == "open"
+    assert found.runs > 8
+
+
+def test_a_loss_that_is_the_same_in_every_pair_is_judged_by_arms(pair):
+    """Bitwise equal maths: differences of zero have no spread, and nothing is surer."""
+    args = pair(losses=LOSSES)
+    found = judge(args, loss_test="paired")
+    assert found.outcome == "ACCEPT"
+    (reason,) = [r for r in found.reasons if r.about == "loss"]
+    assert "non-inferiority of the arms, as all pairs differ by the same: p = " in reason.text
+    assert reason.p == found.statistics["loss_non_inferiority"].p
+
+
+def test_a_loss_of_pairs_needs_pairs(pair):
+    args = pair()
+    (Path(args[1]) / "run2.txt").unlink()
+    found = judge(args, loss_test="paired")
+    assert found.outcome == "REJECT"
+    (reason,) = [r for r in found.reasons if r.about == "loss"]
+    assert "lack a partner of the other arm" in reason.text
+
+
 def test_pairs_of_several_lanes_are_those_of_one_gpu(tmp_path):
     """Two GPUs of 950 and 1,050 ms at once; by start times alone, runs of different GPUs would be pairs."""
     ms = {
