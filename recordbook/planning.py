@@ -127,5 +127,7 @@ def in_words(args: argparse.Namespace) -> str:
             f"  {one} runs, to show a mean that far below the target{cost(one, args)}",
             f"  {two} runs of each arm, to show that an equal loss is not worse than the baseline's by that"
             f"{cost(2 * two, args)}",
+            f"  {one} pairs for the same, if the sd is that of the difference within pairs"
+            f"{cost(2 * one, args)}",
         ]
     )

@@ -606,6 +606,7 @@ def test_planning(capsys):
     assert runs.main(["plan", "--loss-margin", "0.001", "--sd", "0.0013"]) == 0
     text = capsys.readouterr().out
     assert "25 runs, to show a mean that far below the target" in text
+    assert "25 pairs for the same, if the sd is that of the difference within pairs" in text
     assert "GPU-minutes" not in text
 
 
