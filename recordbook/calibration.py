@@ -205,6 +205,42 @@ def measure_drift(trials: int, seed: int) -> Iterator[Row]:
                 yield Row(f"{label}, drift rule", 100 * rate * share, 100 * both, trials, None, note)
 
 
+def margin_tests(x, base) -> dict[str, object]:
+    """{test: verdicts} on (trials, pairs) of losses, x less the margin: is the candidate not inferior?"""
+    import numpy as np
+    from scipy.special import stdtr
+
+    n, d = x.shape[1], x - base
+    vx, vb = (values.var(axis=1, ddof=1) / n for values in (x, base))
+    df = (vx + vb) ** 2 / ((vx**2 + vb**2) / (n - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal differences: t is -inf, or no number
+        pairs_t = d.mean(axis=1) / np.sqrt(d.var(axis=1, ddof=1) / n)
+        return {
+            "by arms": stdtr(df, d.mean(axis=1) / np.sqrt(vx + vb)) < ALPHA,
+            "by pairs": stdtr(n - 1, pairs_t) < ALPHA,
+        }
+
+
+def measure_margin(losses, trials: int, seed: int, gap: float = 0.0) -> Iterator[Row]:
+    """How often a candidate is found not inferior whose loss is `gap` sd from being worse by just the margin.
+
+    With a gap of 0 each is a false accept. The runs of a pair have a share of their variance in common,
+    as a seed's initial parameters give; the rest is their own.
+    """
+    import numpy as np
+
+    centred, what = losses - losses.mean(), "non-inferiority" if gap == 0 else f"shown {gap:g} sd of loss"
+    for i, (n, share) in enumerate(((4, 0.0), (4, 0.6), (8, 0.0), (8, 0.6))):
+        rng, hits = np.random.default_rng([seed, 4, i, round(100 * gap)]), {}
+        for size in chunks(trials):
+            common, *own = (rng.choice(centred, (size, n)) for _ in range(3))
+            base, new = (math.sqrt(share) * common + math.sqrt(1 - share) * x for x in own)
+            for test, found in margin_tests(new - gap * losses.std(), base).items():
+                hits[test] = hits.get(test, 0) + int(found.sum())
+        for test, count in hits.items():
+            yield row(f"{what} {test}, n = {n}, {share:.0%} of a pair's variance shared", count, trials, None)
+
+
 def measure_power(losses, trials: int, seed: int) -> Iterator[Row]:
     """Power and mean number of runs of the always-valid p, at most 30 and at most 40 runs."""
     import numpy as np
@@ -232,8 +268,10 @@ def measure(
     """All rows. The same seed gives the same figures; power is only in the long form."""
     trials = trials or (LONG if long else SHORT)
     parts = [measure_losses(losses, trials, seed, long), measure_drift(trials // (5 if long else 1), seed)]
+    parts.append(measure_margin(losses, trials // (5 if long else 1), seed))
     if long:
         parts.append(measure_power(losses, max(1, trials // 10), seed))
+        parts.append(measure_margin(losses, max(1, trials // 10), seed, gap=1.5))
     rows = []
     for part in parts:
         for found in part:

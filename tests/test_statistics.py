@@ -634,6 +634,9 @@ def complaints(rows: list[calibration.Row]) -> list[str]:
     for name in [n for n in by_name if "always-valid" in n and not n.startswith("power")]:
         if by_name[name].rate > 1.0 + 3 * by_name[name].error:
             found.append(f"{name}: {by_name[name].rate} % false accepts at alpha 1 %")
+    for name in [n for n in by_name if n.startswith("non-inferiority")]:
+        if by_name[name].rate > 1.2 + 3 * by_name[name].error:
+            found.append(f"{name}: {by_name[name].rate} % false accepts at alpha 1 %")
     for name, least in ((NAIVE, 6.0), ("worst two of 10 dropped", 10.0), ("best of 5 batches of 8", 4.5)):
         if by_name[name].rate - 3 * by_name[name].error < least:
             found.append(f"{name}: only {by_name[name].rate} %, the simulation sees no peeking")
@@ -682,8 +685,30 @@ def test_balanced_order_survives_drift(rows):
     assert rate["time test, drift 0 sd, blocked order"] < 1.3
 
 
+def test_pairs_use_what_their_runs_share(rows, losses):
+    """Both tests hold their level; where a pair shares variance, that of arms gives most of it away."""
+    rate = {r.name: r.rate for r in rows}
+    shared = "n = 8, 60% of a pair's variance shared"
+    assert rate[f"non-inferiority by arms, {shared}"] < 0.3
+    assert rate[f"non-inferiority by pairs, {shared}"] > 0.7
+    power = {r.name: r.rate for r in calibration.measure_margin(losses, 2000, 0, gap=1.5)}
+    assert (
+        power[f"shown 1.5 sd of loss by pairs, {shared}"]
+        > power[f"shown 1.5 sd of loss by arms, {shared}"] + 5
+    )
+
+
 def test_vectorised_statistics_equal_the_pure_ones():
     """The calibration tests the functions that the verdict uses."""
+    rng = np.random.default_rng(12)
+    base, new = rng.normal(3.28, 0.002, (2, 30, 6))
+    tests = calibration.margin_tests(new - 0.004, base)
+    for i in range(30):
+        by_arms = rb.non_inferiority(new[i].tolist(), base[i].tolist(), 0.004)
+        by_pairs = rb.non_inferiority_pairs(new[i].tolist(), base[i].tolist(), 0.004)
+        assert tests["by arms"][i] == (by_arms.p < 0.01)
+        assert tests["by pairs"][i] == (by_pairs.test.p < 0.01)
+    assert 0 < tests["by pairs"].sum() < 30
     x = np.random.default_rng(10).normal(-0.3, 1, (20, 12))
     x[0, :3] = -0.5  # equal values
     found = calibration.first_valid(x, range(2, 13))
