@@ -862,7 +862,7 @@ def measure_noise(series: Series) -> None:
     counted, is_aa = [(end, series.result(end)) for end in ends], series.plan["kind"] == "aa"
     runs = [run for _, run in counted if run and run.complete and run.seconds is not None]
     pairs = pairs_of(series, series.plan["runs"]) if is_aa else alternating_pairs(counted)
-    if not is_aa and len(pairs.new) < 2:
+    if not is_aa and len(pairs.both("seconds")[0]) < 2:
         return  # too few to say anything of a machine
     head = {"format": NOISE_FORMAT, "plan": digest_of((series.folder / PLAN).read_bytes())}
     floor = head | noise.floor(pairs, runs, series.plan["alpha"], same_seeds=is_aa)

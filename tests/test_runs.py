@@ -444,6 +444,15 @@ def test_a_series_of_one_trainer_is_an_aa_too(project):
     assert floor["same_seeds"] is False
 
 
+@pytest.mark.parametrize("clock", [" train_time:{ms:.0f}ms", ""])
+def test_a_series_without_spread_or_without_times_has_its_table(project, clock):
+    path = project / "a.py"
+    path.write_text(path.read_text().replace(" train_time:{ms:.0f}ms", clock))
+    result = run(project, "a.py", "4")
+    assert result.returncode == 0, result.stderr
+    assert ("Noise floor" in result.stdout) == bool(clock)
+
+
 def test_pairs_of_a_series_are_runs_of_one_lane():
     @dataclasses.dataclass
     class Stand:
