@@ -461,10 +461,10 @@ class Corpus:
             raise InputError(f"no manifest.json in {folder}, so there is no prepared data there; {remedy}")
         try:
             manifest, digest = json.loads(path.read_bytes()), hashlib.sha256(path.read_bytes()).hexdigest()
-            tok, splits, of = manifest["tokenizer"], manifest["splits"], manifest["token_bytes"]
-            if hashlib.sha256((folder / of["file"]).read_bytes()).hexdigest() != of["sha256"]:
-                raise ValueError(f"{of['file']} has another hash than is stated")  # bpb would be wrong
-            table = np.load(folder / of["file"], allow_pickle=False)
+            tok, splits, entry = manifest["tokenizer"], manifest["splits"], manifest["token_bytes"]
+            if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
+                raise ValueError(f"{entry['file']} has another hash than is stated")  # bpb would be wrong
+            table = np.load(folder / entry["file"], allow_pickle=False)
             tokens = {row["file"]: row["tokens"] for s in ("train", "val") for row in splits[s]["shards"]}
             train, val = (tuple(sorted(folder.glob(f"*_{s}_*.bin"))) for s in ("train", "val"))
             corpus = cls(train, val, tok["vocab_size"], tok["bos_id"], tok["kind"], table, digest)

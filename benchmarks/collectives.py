@@ -33,7 +33,8 @@ WARM_UPS = 3
 def parameters(recipe: tg.Recipe, ranks: tg.Ranks) -> Iterator[tuple[tg.Param, Tensor]]:
     """Rows of the trainer's table with tensors as the optimizer sends them, one of each size."""
     dtype, seen = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32, set()
-    cfg = tg.Config(recipe=recipe, vocab_size=50257, slots=8, dtype=dtype, attention="varlen", fp8=())
+    size = {"vocab_size": 50257, "slots": recipe.slots}
+    cfg = tg.Config(recipe=recipe, **size, dtype=dtype, attention="varlen", fp8=())
     params = dict(tg.GPT(cfg, 0).named_parameters())
     for row in tg.PARAMS:
         p = params[row.name]

@@ -233,8 +233,7 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
     heads += [f"{track.metric} \u03c3", "p", "gain over its own baseline arm", "machine"]
     rules = (
         f"{track.metric} of {goal} {track.target:g}, level {track.alpha:g}, at least {track.min_runs} runs "
-        f"of each arm, margin {track.margin:g}, time test {track.time_test}, loss test "
-        f"{track.loss_test}; "
+        f"of each arm, margin {track.margin:g}, time test {track.time_test}, loss test {track.loss_test}; "
         "all rules: [track.toml](track.toml)."
     )
     across = (

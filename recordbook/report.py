@@ -181,10 +181,10 @@ def rules_of(track: Track) -> str:
     test = f"{TIME_TESTS[track.time_test][1]} of the training times"
     if "systems" in track.claims:
         test += f"; {LOSS_TESTS[track.loss_test][1]}, of a systems claim's {track.metric}"
-    test = f"Welch's one-sided t-test of {track.metric}" if track.is_score else test
     goal = f"the least training time to a mean {track.metric} {side} {track.target:g}"
     if track.is_score:
         goal = f"the best mean {track.metric} of a fixed budget, {side} {track.target:g}"
+        test = f"Welch's one-sided t-test of {track.metric}"
     rows = [
         ("Goal", goal),
         ("Hardware", "a CPU" if track.hardware == CPU else machine),

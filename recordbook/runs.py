@@ -843,7 +843,7 @@ def go(series: Series) -> dict | None:
 
 def alternating_pairs(counted: Sequence[tuple[dict, Run | None]]) -> Pairs:
     """The runs of one program as two arms, ABBA on each lane: a run and the next one there are a pair."""
-    base, new, failed = [], [], {"A": 0, "B": 0}
+    base, new = [], []
     for lane in sorted({end["lane"] for end, _ in counted}):
         here = [run for end, run in counted if end["lane"] == lane]
         for i in range(0, len(here) - 1, 2):
@@ -851,7 +851,7 @@ def alternating_pairs(counted: Sequence[tuple[dict, Run | None]]) -> Pairs:
             if a and a.complete and b and b.complete:
                 base.append(a)
                 new.append(b)
-    return Pairs(base, new, failed)
+    return Pairs(base, new, {})
 
 
 def measure_noise(series: Series) -> None:

@@ -401,7 +401,7 @@ def loss_reason(case: Case) -> Reason:
     """systems: is the metric not worse than the baseline's by the margin, by the track's test?"""
     (name, result), metric, margin = loss_test(case), case.track.metric, case.track.margin
     if isinstance(result, str):
-        return missing(case, "loss", result, fatal=case.track.loss_test == "paired")
+        return missing(case, "loss", result, fatal=name == LOSS_TESTS["paired"][1])
     test = getattr(result, "test", result)
     p = test.p
     if case.early_stop:

@@ -561,6 +561,11 @@ def test_same_seed_same_model(nano):
     assert random == {"attn_bank", "mlp_bank", "lm_head", "embed"}
 
 
+def test_initial_values_are_drawn_in_float32_whatever_they_are_kept_in(nano):
+    wide, narrow = (tg.GPT(config(nano, t), seed=1).state_dict() for t in (torch.float32, torch.bfloat16))
+    assert all(torch.equal(narrow[name], x.to(narrow[name].dtype)) for name, x in wide.items())
+
+
 def test_initial_values_do_not_depend_on_global_random_state(nano):
     torch.manual_seed(5)
     one = tg.GPT(config(nano), seed=1).lm_head
