@@ -237,8 +237,8 @@ def paired(
     t = (mean(d) - null) / (s_d / sqrt(n)), d = new - base. The permutation test flips the sign of whole
     blocks of consecutive d - null, which Wilcoxon ranks: exact up to 20,000 sign patterns, else 20,000 seeded
     draws; its p is at least 1/2^blocks. Errors: arms of different length, fewer than 2 pairs, a block that
-    does not divide them;
-    NoVariance if all differences are equal. Source: scipy.stats.ttest_rel and wilcoxon (exact when small).
+    does not divide them; NoVariance if all differences are equal. Source: scipy.stats.ttest_rel and wilcoxon
+    (exact when small).
     """
     import numpy as np
     from scipy.stats import wilcoxon
