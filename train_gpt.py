@@ -178,7 +178,7 @@ SHORT = Recipe(
     stages=gpt_stages(575, 40), momentum=((0, 0.85), (300, 0.95), (1715, 0.95), (1765, 0.85)),
     slots=8, micro_tokens=48 * 1024, max_seq_len=2048,
     val_tokens=10 * 1024 * 1024, val_slot=256 * 1024, val_windows=(768, 2560), val_every=250,
-    target=3.28, fp8=("head", "mlp", "qkv"), tokenizer="gpt2",
+    target=3.28, fp8=("head", "mlp", "qkv", "out"), tokenizer="gpt2",
 )
 SPRINT = replace(
     SHORT, name="sprint", stages=gpt_stages(115, 8), val_every=177, target=3.322, tokenizer=None,

@@ -187,10 +187,7 @@ def _xxt(x_MNK: Tensor) -> Tensor:
     return _symmetric(x_MNK, XXT_TILE, alpha=1.0, beta=0.0, adds_x=False)
 
 
-@_xxt.register_fake
-def _(x_MNK):
-    m, n, _ = x_MNK.shape
-    return x_MNK.new_empty(m, n, n)
+_xxt.register_fake(lambda x_MNK: x_MNK.new_empty(*x_MNK.shape[:2], x_MNK.shape[1]))
 
 
 def xxt(x_MNK: Tensor) -> Tensor:
@@ -217,9 +214,7 @@ def _ba_plus_caa(a_MNN: Tensor, alpha: float, beta: float) -> Tensor:
     return _symmetric(a_MNN, BA_TILE, alpha, beta, adds_x=True)
 
 
-@_ba_plus_caa.register_fake
-def _(a_MNN, alpha, beta):
-    return a_MNN.new_empty(a_MNN.shape)
+_ba_plus_caa.register_fake(lambda a_MNN, *_: a_MNN.new_empty(a_MNN.shape))
 
 
 def ba_plus_caa(a_MNN: Tensor, alpha: float, beta: float) -> Tensor:
@@ -252,14 +247,8 @@ def _quantize_kernel(
     x_ptr,  # (N, C), last stride 1
     row_ptr,  # (N, C) contiguous, FP8
     col_ptr,  # (C, N) contiguous, the same values as bytes
-    num_rows,
-    num_cols,
-    stride,
-    inv_scale,
-    LIMIT: tl.constexpr,
-    BN: tl.constexpr,
-    BC: tl.constexpr,
-):
+    num_rows, num_cols, stride, inv_scale, LIMIT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """x / scale rounded once to FP8, written in both layouts; saturates, and keeps NaN."""
     blocks_c = tl.cdiv(num_cols, BC)
     rows = (tl.program_id(0) // blocks_c).to(tl.int64) * BN + tl.arange(0, BN)  # N * V exceeds 2^31
@@ -327,7 +316,7 @@ def _matmul_fp8(a8: Tensor, b8_t: Tensor, a_by: float, b_by: float, out: Tensor,
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. linear_relu2: relu(x W1^T)^2 W2, in bf16 or with an FP8 forward
+# 5. linear_relu2: relu(x W1^T)^2 W2, in bf16 or FP8
 
 # At N = 49,152, D = 768, F = 3072 a product is 232 GFLOP, 294 us, half in FP8. The first moves 382 MB, 89
 # us. Forward is 2 such products, backward 4: 0.59 and 1.17 ms. Fusing the activation saves a write and a
@@ -335,16 +324,19 @@ def _matmul_fp8(a8: Tensor, b8_t: Tensor, a_by: float, b_by: float, out: Tensor,
 # = relu(pre)^2, and backward takes relu(pre) = sqrt(post) (pull request 322), closer than a stored bf16 pre:
 # the root halves post's rounding. Tiles go along F first: W1 (4.7 MB) stays in the L2 cache. The kernel is
 # persistent, its two loops flattened into one, and the tensor memory accelerator (TMA) carries the blocks.
-# One H200, torch 2.11, medians of 10, us: forward 387, backward 491; not flattened 489 and 568; a program
-# for each tile, with pointers, 527 and 632. The bare product by cuBLAS: 336.
+# One H200, torch 2.11, medians of 10, us: forward 387, backward 491; the bare product by cuBLAS: 336.
 RELU2_FORWARD = Tile(128, 256, 64, 3, 8), 1, 1  # and programs a processor, parts in which a tile is stored
 RELU2_BACKWARD = Tile(128, 128, 64, 5, 4), 2, 1  # in two waves, since one fills a processor; in one 501 us
 # FP8 forward (pull requests 306 and 342) moves 493 MB, 115 us; the kernel takes 301, stored in one part 371.
 RELU2_FP8 = Tile(128, 256, 64, 6, 8), 1, 2
+# FP8 backward reads 340 MB and writes 453, 184 us; its product, 147 at twice the bf16 rate. Measured 392, of
+# 13 tiles to 519, bf16 beside it 494 (medians, n=1); the product for dx after it 175 instead of 330.
+RELU2_FP8_BACKWARD = Tile(128, 256, 128, 3, 8), 1, 2
 # Static factors; e4m3 is normal from 2^-6 to 448. Whole: a float would become a symbol under torch.compile.
 E4M3_X_FACTOR = 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
 E4M3_W_FACTOR = 256  # to 1.75: weights of 0.03 become 8
 E4M3_POST_FACTOR = 1  # to 448: |pre| <= 21
+E5M2_GRAD_FACTOR = 8192  # to 7; the smallest is 2e-9. In `tiny` 98 % of |g| and |dpre| lie in 1e-6 to 1e-2
 
 
 def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -352,48 +344,54 @@ def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
     return F.relu(x_ND @ w1_FD.T).square() @ w2_FD
 
 
-def _e4m3(x: Tensor, factor: int) -> Tensor:
-    """x times the factor in e4m3, saturated, no gradient. Compiled, part of the kernel that makes x."""
-    limit = torch.finfo(E4M3).max
-    return (x.detach().float() * factor).clamp(-limit, limit).to(E4M3)
+def _eight(x: Tensor, factor: int, dtype: torch.dtype = E4M3) -> Tensor:
+    """x times the factor in 8 bits, saturated, no gradient. Compiled, part of the kernel that makes x."""
+    limit = torch.finfo(dtype).max
+    return (x.detach().float() * factor).clamp(-limit, limit).to(dtype)
 
 
-def _valued(exact: Tensor, value: Tensor) -> Tensor:
-    """The value of one tensor with the gradient of the other (straight-through)."""
-    return value + (exact - exact.detach())
+def _e5m2_gradient(g: Tensor) -> Tensor:
+    return _eight(g, E5M2_GRAD_FACTOR, E5M2)
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x @ w and the product that makes dx of rounded tensors; that which makes dw of the exact ones."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, x_factor: int) -> Tensor:
+        x8, w8 = (_eight(t, f).to(t.dtype) / f for t, f in ((x, x_factor), (w, E4M3_W_FACTOR)))
+        ctx.save_for_backward(x, w8)
+        return x8 @ w8
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, w8 = ctx.saved_tensors
+        return (_e5m2_gradient(g).to(g.dtype) / E5M2_GRAD_FACTOR) @ w8.T, x.T @ g, None
 
 
 def fp8_linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
-    """The rounding emulated in at least float32, two products for each: for tests and small machines."""
-    wide = torch.promote_types(x_ND.dtype, torch.float32)
-
-    def rounded(x: Tensor, factor: int) -> Tensor:
-        return _e4m3(x, factor).to(wide) / factor
-
-    x, w1, w2 = (t.to(wide) for t in (x_ND, w1_FD, w2_FD))
-    pre_NF = _valued(x @ w1.T, rounded(x, E4M3_X_FACTOR) @ rounded(w1, E4M3_W_FACTOR).T)
-    post_NF = F.relu(pre_NF).square()
-    y_ND = _valued(post_NF @ w2, rounded(post_NF, E4M3_POST_FACTOR) @ rounded(w2, E4M3_W_FACTOR))
-    return y_ND.to(x_ND.dtype)
+    """The rounding emulated in at least float32: for tests and small machines."""
+    x, w1, w2 = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, w1_FD, w2_FD))
+    post_NF = F.relu(_Fp8Product.apply(x, w1.T, E4M3_X_FACTOR)).square()
+    return _Fp8Product.apply(post_NF, w2, E4M3_POST_FACTOR).to(x_ND.dtype)
 
 
 @jit
 def _relu2_store(
-    acc, post_desc, out_desc, row, col, SCALE: tl.constexpr, OUT_LIMIT: tl.constexpr,
-    INV_OUT_SCALE: tl.constexpr, IS_BACKWARD: tl.constexpr, IS_FP8: tl.constexpr,
+    acc, post_desc, out_desc, out8_desc, row, col, SCALE: tl.constexpr, OUT8_FACTOR: tl.constexpr,
+    LIMIT: tl.constexpr, IS_BACKWARD: tl.constexpr, IS_FP8: tl.constexpr,
 ):  # fmt: skip
+    acc *= SCALE
     if IS_BACKWARD:
-        post = post_desc.load([row, col]).to(tl.float32)
-        out_desc.store([row, col], (acc * 2.0 * tl.sqrt(post)).to(out_desc.dtype))
+        acc *= 2.0 * tl.sqrt(post_desc.load([row, col]).to(tl.float32))
     else:
-        if IS_FP8:
-            acc *= SCALE
         acc = tl.maximum(acc, 0.0)
         acc *= acc
-        post_desc.store([row, col], acc.to(post_desc.dtype))
-        if IS_FP8:
-            acc *= INV_OUT_SCALE
-            out_desc.store([row, col], tl.where(acc > OUT_LIMIT, OUT_LIMIT, acc).to(out_desc.dtype))
+    out_desc.store([row, col], acc.to(out_desc.dtype))
+    if IS_FP8:
+        acc *= OUT8_FACTOR
+        acc = tl.clamp(acc, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        out8_desc.store([row, col], acc.to(out8_desc.dtype))
 
 
 @jit
@@ -401,15 +399,15 @@ def _relu2_kernel(
     a_desc,  # (N, K) in blocks (BM, BK): x, in backward the gradient of y
     w_desc,  # (F, K) in blocks (BN, BK): w1, in backward w2
     post_desc,  # (N, F) in blocks (BM, BN / PARTS), read in backward
-    out_desc,  # (N, F) in the same blocks: dpre in backward, post8 in FP8, else unused
+    out_desc,  # (N, F) in the same blocks: post, in backward dpre
+    out8_desc,  # the same in FP8, unused without
     N, F_, K,
     SCALE: tl.constexpr,  # of the product
-    OUT_LIMIT: tl.constexpr,  # largest value of post8
-    INV_OUT_SCALE: tl.constexpr,
+    OUT8_FACTOR: tl.constexpr, LIMIT: tl.constexpr,  # of out8, and its largest value
     IS_BACKWARD: tl.constexpr, IS_FP8: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """post = relu(SCALE x w1^T)^2 and post8 = post / its scale; in backward dpre = (g w2^T) 2 sqrt(post).
+    """out = relu(SCALE x w1^T)^2; in backward (SCALE g w2^T) 2 sqrt(post). out8 = OUT8_FACTOR out.
 
     Each output is rounded once. Descriptors read zeros and write nothing beyond the edges.
     """
@@ -421,19 +419,12 @@ def _relu2_kernel(
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for start in range(0, K, BK):
             acc = tl.dot(a_desc.load([row, start]), w_desc.load([col, start]).T, acc)
+        descs = post_desc, out_desc, out8_desc
         if PARTS == 2:
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-            _relu2_store(
-                left, post_desc, out_desc, row, col, SCALE, OUT_LIMIT, INV_OUT_SCALE, IS_BACKWARD, IS_FP8
-            )
+            left, acc = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+            _relu2_store(left, *descs, row, col, SCALE, OUT8_FACTOR, LIMIT, IS_BACKWARD, IS_FP8)
             col += BN // 2
-            _relu2_store(
-                right, post_desc, out_desc, row, col, SCALE, OUT_LIMIT, INV_OUT_SCALE, IS_BACKWARD, IS_FP8
-            )
-        else:
-            _relu2_store(
-                acc, post_desc, out_desc, row, col, SCALE, OUT_LIMIT, INV_OUT_SCALE, IS_BACKWARD, IS_FP8
-            )
+        _relu2_store(acc, *descs, row, col, SCALE, OUT8_FACTOR, LIMIT, IS_BACKWARD, IS_FP8)
 
 
 @functools.cache
@@ -468,27 +459,33 @@ def _aligned(x: Tensor) -> Tensor:
 def _relu2_constants(
     tile: Tile, programs: int, parts: int, is_backward: bool, is_fp8: bool
 ) -> dict[str, float | int]:
-    fp8 = {"SCALE": 1.0 / (E4M3_X_FACTOR * E4M3_W_FACTOR), "INV_OUT_SCALE": float(E4M3_POST_FACTOR)}
-    kind = {"IS_BACKWARD": is_backward, "IS_FP8": is_fp8, "OUT_LIMIT": torch.finfo(E4M3).max, **fp8}
-    blocks = {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k, "PROGRAMS": programs}
-    return {**kind, **blocks, "PARTS": parts, "num_stages": tile.stages, "num_warps": tile.warps}
+    factor, out8_factor, dtype = E4M3_X_FACTOR, E4M3_POST_FACTOR, E4M3
+    if is_backward:
+        factor, out8_factor, dtype = E5M2_GRAD_FACTOR, E5M2_GRAD_FACTOR, E5M2
+    scale = 1.0 / (factor * E4M3_W_FACTOR) if is_fp8 else 1.0
+    numbers = {"SCALE": scale, "OUT8_FACTOR": float(out8_factor), "LIMIT": torch.finfo(dtype).max}
+    kind = {"IS_BACKWARD": is_backward, "IS_FP8": is_fp8, "PROGRAMS": programs, "PARTS": parts}
+    blocks = {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k}
+    return {**numbers, **kind, **blocks, "num_stages": tile.stages, "num_warps": tile.warps}
 
 
 def _launch_relu2(
-    config: tuple[Tile, int, int], a_NK: Tensor, w_FK: Tensor, post_NF: Tensor, out_NF: Tensor | None = None,
-    is_backward: bool = False,
+    config: tuple[Tile, int, int], a_NK: Tensor, w_FK: Tensor, out_NF: Tensor, out8_NF: Tensor | None = None,
+    post_NF: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Backward where `post_NF` is given; FP8 where `out8_NF` is."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     describe, (tile, per_processor, parts) = TensorDescriptor.from_tensor, config
-    a_NK, w_FK, (n, f), k = _aligned(a_NK), _aligned(w_FK), post_NF.shape, a_NK.shape[1]
+    a_NK, w_FK, (n, f), k = _aligned(a_NK), _aligned(w_FK), out_NF.shape, a_NK.shape[1]
     bm, bn, bk = tile.block_m, tile.block_n, tile.block_k
-    a_desc, w_desc = describe(a_NK, [bm, bk]), describe(w_FK, [bn, bk])
-    post_desc = describe(post_NF, [bm, bn // parts])
-    out_desc = post_desc if out_NF is None else describe(out_NF, [bm, bn // parts])
+    read = describe(a_NK, [bm, bk]), describe(w_FK, [bn, bk])
+    others = (out_NF if x is None else x for x in (post_NF, out_NF, out8_NF))
+    descs = *read, *(describe(x, [bm, bn // parts]) for x in others)
     programs = min(_processors(a_NK.device) * per_processor, _cdiv(n, bm) * _cdiv(f, bn))
-    constants = _relu2_constants(tile, programs, parts, is_backward, is_fp8=a_NK.dtype == E4M3)
-    _relu2_kernel[(programs,)](a_desc, w_desc, post_desc, out_desc, n, f, k, **constants)
+    is_backward, is_fp8 = post_NF is not None, out8_NF is not None
+    constants = _relu2_constants(tile, programs, parts, is_backward, is_fp8)
+    _relu2_kernel[(programs,)](*descs, n, f, k, **constants)
 
 
 @torch.library.custom_op("splits::linear_relu2", mutates_args=())
@@ -513,15 +510,23 @@ def _fp8_linear_relu2(
 
 @torch.library.custom_op("splits::linear_relu2_backward", mutates_args=())
 def _linear_relu2_backward(
-    g_ND: Tensor, x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, post_NF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    g_ND: Tensor, x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, post_NF: Tensor,
+    g8_ND: Tensor | None = None, w1_8_DF: Tensor | None = None, w2_8_FD: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Both products that lead to dx in FP8 where the last three are given; those of the weights in bf16."""
     dpre_NF = torch.empty_like(post_NF)
-    _launch_relu2(RELU2_BACKWARD, g_ND, w2_FD, post_NF, dpre_NF, is_backward=True)
-    return dpre_NF @ w1_FD, dpre_NF.T @ x_ND, post_NF.T @ g_ND
+    if g8_ND is None:
+        _launch_relu2(RELU2_BACKWARD, g_ND, w2_FD, dpre_NF, post_NF=post_NF)
+        dx_ND = dpre_NF @ w1_FD
+    else:
+        dpre8_NF, dx_ND = torch.empty_like(post_NF, dtype=E5M2), torch.empty_like(x_ND)
+        _launch_relu2(RELU2_FP8_BACKWARD, g8_ND, w2_8_FD, dpre_NF, dpre8_NF, post_NF)
+        _matmul_fp8(dpre8_NF, w1_8_DF, 1 / E5M2_GRAD_FACTOR, 1 / E4M3_W_FACTOR, dx_ND, is_fast=True)
+    return dx_ND, dpre_NF.T @ x_ND, post_NF.T @ g_ND
 
 
 @_linear_relu2_backward.register_fake
-def _(g_ND, x_ND, w1_FD, w2_FD, post_NF):
+def _(g_ND, x_ND, w1_FD, w2_FD, *_):
     return tuple(t.new_empty(t.shape) for t in (x_ND, w1_FD, w2_FD))
 
 
@@ -536,13 +541,20 @@ def _linear_relu2_setup(ctx, inputs, output):
 
 
 def _linear_relu2_autograd(ctx, g_ND, _):
-    grads = _linear_relu2_backward(g_ND, *ctx.saved_tensors)
-    return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
+    return _linear_relu2_backward(g_ND, *ctx.saved_tensors)
 
 
-for _op in (_linear_relu2, _fp8_linear_relu2):
+def _fp8_linear_relu2_autograd(ctx, g_ND, _):
+    _, w1_FD, w2_FD, _ = ctx.saved_tensors
+    w1_8_DF, w2_8_FD = _eight(w1_FD.T, E4M3_W_FACTOR).contiguous(), _eight(w2_FD, E4M3_W_FACTOR)
+    eights = _e5m2_gradient(g_ND), w1_8_DF, w2_8_FD
+    return *_linear_relu2_backward(g_ND, *ctx.saved_tensors, *eights), None, None, None
+
+
+_autograds = (_linear_relu2, _linear_relu2_autograd), (_fp8_linear_relu2, _fp8_linear_relu2_autograd)
+for _op, _autograd in _autograds:
     _op.register_fake(_linear_relu2_fake)
-    _op.register_autograd(_linear_relu2_autograd, setup_context=_linear_relu2_setup)
+    _op.register_autograd(_autograd, setup_context=_linear_relu2_setup)
 
 
 def linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -556,27 +568,28 @@ def linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
 
 
 def fp8_linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
-    """linear_relu2 with both products of forward in e4m3, scales above; backward as there.
+    """linear_relu2 with FP8 products in forward and, of the gradients, for dx (pull requests 306, 342, 363).
 
+    Weights and activations in e4m3, gradients in e5m2, factors above; weights' gradients by bf16 products.
     Without TMA, and where D or F is no multiple of 16, the rounding is emulated, which gains no time.
     """
     if not _use_tma(x_ND, w1_FD, E4M3.itemsize):
         return fp8_linear_relu2_ref(x_ND, w1_FD, w2_FD)
-    x8_ND, w1_8_FD = _e4m3(x_ND, E4M3_X_FACTOR), _e4m3(w1_FD, E4M3_W_FACTOR)
-    w2_8_DF = _e4m3(w2_FD.T, E4M3_W_FACTOR).contiguous()
+    x8_ND, w1_8_FD = _eight(x_ND, E4M3_X_FACTOR), _eight(w1_FD, E4M3_W_FACTOR)
+    w2_8_DF = _eight(w2_FD.T, E4M3_W_FACTOR).contiguous()
     return _fp8_linear_relu2(x_ND, w1_FD, w2_FD, x8_ND, w1_8_FD, w2_8_DF)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. fp8_linear: x W^T with an FP8 forward
+# 6. fp8_linear: x W^T in FP8
 
-# At N = 49,152, D = 768, C = 2304: 174 GFLOP, 220 us, half in FP8. Source: pull requests 322 and 344.
+# At N = 49,152, D = 768, C = 2304: 174 GFLOP, 220 us, half in FP8. Source: pull requests 322 and 344. dx in
+# FP8 takes 139 us instead of 269 (one H200, median, n=1); rounding its gradient, 79 unless fused (by bytes).
 
 
 def fp8_linear_ref(x_ND: Tensor, w_CD: Tensor) -> Tensor:
-    """The rounding emulated, with the gradient of the exact product."""
-    x, w = (_e4m3(t, f).to(t.dtype) / f for t, f in ((x_ND, E4M3_X_FACTOR), (w_CD, E4M3_W_FACTOR)))
-    return _valued(x_ND @ w_CD.T, x @ w.T)
+    """The rounding emulated."""
+    return _Fp8Product.apply(x_ND, w_CD.T, E4M3_X_FACTOR)
 
 
 @torch.library.custom_op("splits::fp8_linear", mutates_args=())
@@ -586,14 +599,20 @@ def _fp8_linear(x_ND: Tensor, w_CD: Tensor, x8_ND: Tensor, w8_CD: Tensor) -> Ten
     return _matmul_fp8(x8_ND, w8_CD, 1 / E4M3_X_FACTOR, 1 / E4M3_W_FACTOR, y_NC, is_fast=True)
 
 
-@_fp8_linear.register_fake
-def _(x_ND, w_CD, *_):
-    return x_ND.new_empty(x_ND.shape[0], w_CD.shape[0])
+@torch.library.custom_op("splits::fp8_linear_dx", mutates_args=())
+def _fp8_linear_dx(g_NC: Tensor, w_CD: Tensor, g8_NC: Tensor, w8_DC: Tensor) -> Tensor:
+    dx_ND = g_NC.new_empty(g_NC.shape[0], w_CD.shape[1])
+    return _matmul_fp8(g8_NC, w8_DC, 1 / E5M2_GRAD_FACTOR, 1 / E4M3_W_FACTOR, dx_ND, is_fast=True)
+
+
+_fp8_linear.register_fake(lambda x_ND, w_CD, *_: x_ND.new_empty(x_ND.shape[0], w_CD.shape[0]))
+_fp8_linear_dx.register_fake(lambda g_NC, w_CD, *_: g_NC.new_empty(g_NC.shape[0], w_CD.shape[1]))
 
 
 def _fp8_linear_autograd(ctx, g_NC):
     x_ND, w_CD = ctx.saved_tensors
-    return g_NC @ w_CD, g_NC.T @ x_ND, None, None
+    g8_NC, w8_DC = _e5m2_gradient(g_NC), _eight(w_CD.T, E4M3_W_FACTOR).contiguous()
+    return _fp8_linear_dx(g_NC, w_CD, g8_NC, w8_DC), g_NC.T @ x_ND, None, None
 
 
 _fp8_linear.register_autograd(
@@ -602,8 +621,11 @@ _fp8_linear.register_autograd(
 
 
 def fp8_linear(x_ND: Tensor, w_CD: Tensor) -> Tensor:
-    """F.linear, both rounded to e4m3 in forward: to |x| of 28 and |w| of 1.75; C and D multiples of 16."""
-    return _fp8_linear(x_ND, w_CD, _e4m3(x_ND, E4M3_X_FACTOR), _e4m3(w_CD, E4M3_W_FACTOR))
+    """F.linear with FP8 products in forward and for dx: to |x| of 28, |w| of 1.75, |gradient| of 7.
+
+    C and D are multiples of 16. The weight's gradient is a product of unrounded tensors.
+    """
+    return _fp8_linear(x_ND, w_CD, _eight(x_ND, E4M3_X_FACTOR), _eight(w_CD, E4M3_W_FACTOR))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -616,8 +638,6 @@ def fp8_linear(x_ND: Tensor, w_CD: Tensor) -> Tensor:
 # the capped logit, is below that of rounding the logit to bf16. Evaluation takes the exact sigmoid.
 CE_FORWARD_BLOCK, CE_FORWARD_WARPS = 2048, 4
 CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS = 1024, 4  # record 75, pull request 235
-# One kernel for both, its second reading from the L2 cache, takes 30.7 ms a step of stage 3 where these two
-# take 27.4 (one H200): four special operations an element bound it.
 
 SOFTCAP_A = 23.0  # capped logit z = A * sigmoid((l + B) / C), in (0, A)
 SOFTCAP_B = 5.0
@@ -794,9 +814,7 @@ def _ce_backward(
     return dlogits_NV
 
 
-@_ce_backward.register_fake
-def _(grad_N, lse_N, logits_NV, *_):
-    return logits_NV.new_empty(logits_NV.shape)
+_ce_backward.register_fake(lambda grad_N, lse_N, logits_NV, *_: logits_NV.new_empty(logits_NV.shape))
 
 
 def _ce_setup(ctx, inputs, output):
@@ -857,13 +875,8 @@ def transpose_copy_ref(dst_VD: Tensor, src_DV: Tensor) -> None:
 def _transpose_kernel(
     dst_ptr,  # (R, C), last stride 1
     src_ptr,  # (C, R), last stride 1
-    num_rows,
-    num_cols,
-    stride_dst,
-    stride_src,
-    IS_ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    num_rows, num_cols, stride_dst, stride_src, IS_ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """dst = src^T, or dst += src^T with one rounding."""
     blocks_c = tl.cdiv(num_cols, BLOCK)
     rows = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -1205,9 +1218,7 @@ def _prepare_qkv(
     return outputs
 
 
-@_prepare_qkv.register_fake
-def _(qkv_N3HK, *_):
-    return _qkv_outputs(qkv_N3HK)
+_prepare_qkv.register_fake(lambda qkv_N3HK, *_: _qkv_outputs(qkv_N3HK))
 
 
 @torch.library.custom_op("splits::prepare_qkv_backward", mutates_args=())
@@ -1269,14 +1280,9 @@ def _with_previous(x_CQ: Tensor, fill: float) -> Tensor:
 
 
 def attention_ref(
-    q_NHK: Tensor,
-    k_NHK: Tensor,
-    v_NHK: Tensor,
-    cu_seqlens: Tensor,
-    window: Tensor,
-    scale: Tensor,
+    q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, cu_seqlens: Tensor, window: Tensor, scale: Tensor,
     max_window: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Plain masked attention; blocks of max(128, max_window) queries see their own and the previous block.
 
     Memory is 2 * block bytes of mask a token. q * scale is rounded to the dtype of q before the product; the

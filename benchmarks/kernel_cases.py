@@ -228,43 +228,62 @@ def _relu2_cases(n: int) -> list[Case]:
     )  # fmt: skip
 
 
+def _scaled(a8: Tensor, b8_t: Tensor) -> Tensor:
+    one = torch.ones((), device=_device())
+    return torch._scaled_mm(a8, b8_t.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def _fp8_relu2_cases(n: int) -> list[Case]:
-    """Forward alone: backward is that of linear_relu2. The op is compiled, as in training, so that one kernel
-    rounds an operand. The baseline is the reference in bf16: the `_ref` does every product twice.
+    """The op is compiled, as in training, so that one kernel rounds an operand. The baseline is the reference
+    in bf16, since the `_ref` emulates; the library, the products alone.
     """
     inputs = x, w1, w2 = _relu2_inputs(n)
     op, ref = _compiled(tk.fp8_linear_relu2), _compiled(tk.linear_relu2_ref)
-    x8_ND, w1_8_FD = tk._e4m3(x, tk.E4M3_X_FACTOR), tk._e4m3(w1, tk.E4M3_W_FACTOR)
-    w2_8_DF = tk._e4m3(w2.T, tk.E4M3_W_FACTOR).contiguous()
-    post8_NF, one = _randn(n, HIDDEN).abs().to(tk.E4M3), torch.ones((), device=_device())
+    x8_ND, w1_8_FD, w2_8_FD = (
+        tk._eight(t, f) for t, f in ((x, tk.E4M3_X_FACTOR), (w1, tk.E4M3_W_FACTOR), (w2, tk.E4M3_W_FACTOR))
+    )
+    w1_8_DF, w2_8_DF = w1_8_FD.T.contiguous(), w2_8_FD.T.contiguous()
+    post_NF, g_ND = _randn(n, HIDDEN).abs(), _randn(n, D, scale=0.01)
+    post8_NF, g8_ND, dpre8_NF = post_NF.to(tk.E4M3), tk._e5m2_gradient(g_ND), post_NF.to(tk.E5M2)
 
-    def product(a8: Tensor, b8_t: Tensor) -> Tensor:
-        return torch._scaled_mm(a8, b8_t.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    def products() -> tuple[Tensor, ...]:
+        return _scaled(x8_ND, w1_8_FD), _scaled(post8_NF, w2_8_DF)
 
-    library = ("_scaled_mm", lambda: (product(x8_ND, w1_8_FD), product(post8_NF, w2_8_DF)))
-    error = functools.cache(lambda: _relu2_error(tk.fp8_linear_relu2, tk.fp8_linear_relu2_ref, inputs))
-    calls = lambda: op(*inputs), lambda: ref(*inputs), library
-    work = 4e-12 * n * D * HIDDEN
-    return [Case("forward", f"{n}x{D}x{HIDDEN}", *calls, work, "TFLOP", error, inputs)]
+    @torch.no_grad()
+    def all_products() -> tuple[Tensor, ...]:
+        dx = _scaled(g8_ND, w2_8_FD), _scaled(dpre8_NF, w1_8_DF)
+        return *products(), *dx, post_NF.T @ x, post_NF.T @ g_ND
+
+    error = lambda: _relu2_error(tk.fp8_linear_relu2, tk.fp8_linear_relu2_ref, inputs)  # noqa: E731
+    work = 2e-12 * n * D * HIDDEN
+    return _training_cases(
+        f"{n}x{D}x{HIDDEN}", op, ref, inputs, (2 * work, 6 * work), "TFLOP", error,
+        ("products", products, all_products),
+    )  # fmt: skip
 
 
 def _fp8_linear_cases(n: int) -> list[Case]:
-    """Forward alone, compiled, as for fp8_linear_relu2: backward is two bf16 products."""
+    """As for fp8_linear_relu2."""
     inputs = x, w = _randn(n, D, grad=True), _randn(3 * D, D, scale=0.03, grad=True)
     op, ref = _compiled(tk.fp8_linear), _compiled(torch.nn.functional.linear)
-    x8_ND, w8_CD = tk._e4m3(x, tk.E4M3_X_FACTOR), tk._e4m3(w, tk.E4M3_W_FACTOR)
-    one, few = torch.ones((), device=_device()), (x[:FEW].detach().requires_grad_(), w)
+    x8_ND, w8_CD = tk._eight(x, tk.E4M3_X_FACTOR), tk._eight(w, tk.E4M3_W_FACTOR)
+    few, g_NC = (x[:FEW].detach().requires_grad_(), w), _randn(n, 3 * D, scale=0.01)
+    g8_NC, w8_DC = tk._e5m2_gradient(g_NC), w8_CD.T.contiguous()
 
-    def product() -> Tensor:
-        return torch._scaled_mm(x8_ND, w8_CD.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    @torch.no_grad()
+    def products() -> tuple[Tensor, ...]:
+        return _scaled(x8_ND, w8_CD), _scaled(g8_NC, w8_DC), g_NC.T @ x
 
     def error() -> float:
         return _max_error(
             _with_grads(tk.fp8_linear, few), _with_grads(tk.fp8_linear_ref, _copies(few, torch.float32))
         )
 
-    calls = lambda: op(*inputs), lambda: ref(*inputs), ("_scaled_mm", product)
-    return [Case("forward", f"{n}x{D}x{3 * D}", *calls, 6e-12 * n * D * D, "TFLOP", error, inputs)]
+    work = 6e-12 * n * D * D
+    return _training_cases(
+        f"{n}x{D}x{3 * D}", op, ref, inputs, (work, 3 * work), "TFLOP", error,
+        ("products", lambda: _scaled(x8_ND, w8_CD), products),
+    )  # fmt: skip
 
 
 def _loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]:

@@ -209,6 +209,11 @@ EIGHT = _persistent(
     (128, 256, 128, 3, 8, 1, 2), (256, 128, 64, 6, 8, 1, 2), (128, 128, 128, 4, 8, 1, 1),
     (128, 128, 128, 4, 4, 2, 1), (128, 128, 64, 6, 4, 2, 1),
 )  # fmt: skip
+EIGHT_BACKWARD = _persistent(
+    (128, 256, 64, 5, 8, 1, 2), (128, 256, 64, 4, 8, 1, 2), (128, 256, 128, 2, 8, 1, 2),
+    (128, 128, 64, 5, 4, 1, 1), (128, 128, 128, 3, 4, 2, 1), (128, 128, 64, 6, 8, 2, 1),
+    (128, 128, 128, 4, 8, 1, 1), (256, 128, 64, 5, 8, 1, 2),
+)  # fmt: skip
 BLOCKS = ((1024, 2), (1024, 4), (2048, 2), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8))
 CHUNKS = (8192,), (12288,), (16384,), (24576,)  # no more: memory is to win as well
 ROWS = (16, 8), (8, 4), (32, 16)  # 8 elements of a row of 128 a thread: see QKV_ROWS
@@ -220,6 +225,7 @@ TUNED = (
     Tuned(("RELU2_FORWARD",), "linear_relu2", "forward", FORWARD),
     Tuned(("RELU2_BACKWARD",), "linear_relu2", "backward", BACKWARD),
     Tuned(("RELU2_FP8",), "fp8_linear_relu2", "forward", EIGHT),
+    Tuned(("RELU2_FP8_BACKWARD",), "fp8_linear_relu2", "backward", EIGHT_BACKWARD),
     Tuned(("CE_FORWARD_BLOCK", "CE_FORWARD_WARPS"), "softcapped_cross_entropy", "forward", BLOCKS),
     Tuned(("CE_BACKWARD_BLOCK", "CE_BACKWARD_WARPS"), "softcapped_cross_entropy", "backward", BLOCKS),
     Tuned(("QUANTIZE_TILE", "QUANTIZE_WARPS"), "quantize", "e5m2", PAIRS),

@@ -231,11 +231,11 @@ def test_padding_of_the_banks_gets_no_gradient(nano):
 
 # FP8, emulated
 
-FP8 = ("head", "mlp", "qkv")
+FP8 = ("head", "mlp", "qkv", "out")
 
 
 @pytest.mark.parametrize(
-    ("products", "bound"), [(("head",), 0.1), (("mlp",), 0.25), (("qkv",), 0.1), (FP8, 0.25)]
+    ("products", "bound"), [(("head",), 0.1), (("mlp",), 0.25), (("qkv",), 0.1), (("out",), 0.1), (FP8, 0.3)]
 )
 def test_fp8_is_close_and_only_for_training(nano, products, bound):
     """One rounding of each operand and of the logits' gradient, whatever factor the loss is multiplied by.

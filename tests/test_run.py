@@ -111,6 +111,15 @@ def test_a_complete_series_runs_nothing_and_a_longer_one_continues(project):
     assert ledger(project)[2:] == ["train_gpt:3:done"]
 
 
+def test_bytecode_is_kept_where_python_may_not_write_it_beside_its_packages(project, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    run(project, "1")
+    assert not (project / ".cache" / "bytecode").exists()
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert run(project, "2").returncode == 0
+    assert list((project / ".cache" / "bytecode").rglob("argparse.*.pyc")), "what the trainer imports"
+
+
 def test_two_trainers_alternate(project):
     result = run(project, "ab", "train_gpt.py", "other.py", "4")
     assert result.returncode == 0, result.stderr
