@@ -1180,9 +1180,12 @@ def test_gpu_fp8_linear_relu2(shape):
     inputs, dy = relu2_inputs(*shape, torch.bfloat16, "cuda")
     emulated = with_grads(tk.fp8_linear_relu2_ref, doubled(inputs), dy)
     for _, op in each_way(tk.fp8_linear_relu2):
-        for got, want in zip(with_grads(op, inputs, dy), emulated, strict=True):
-            # use_fast_accum keeps about 14 bits of the sum: some of post's roundings differ; besides, bf16.
-            assert relative_error(got, want) < 1e-2
+        for got, want, most in zip(
+            with_grads(op, inputs, dy), emulated, (1e-2, 2e-2, 1e-2, 1e-2), strict=True
+        ):
+            # use_fast_accum keeps about 14 bits of the sum, and backward has post in bf16: some roundings
+            # differ, of e5m2 by a quarter (emulated so, dx is off by 1.1e-2 to 1.5e-2).
+            assert relative_error(got, want) < most
 
 
 @gpu
