@@ -208,23 +208,24 @@ class Ceiling(NamedTuple):
 CEILINGS = {"H200": Ceiling(790e12, 1580e12, 4.3e12)}
 
 
-def flops_per_token(cfg) -> float:
-    """Products with matrices, forward and backward; attention's own, a few percent, are left out."""
+def flops_per_token(cfg) -> tuple[float, float]:
+    """(all, in FP8) of products with matrices, both ways; attention's own, a few percent, are left out."""
     r = cfg.recipe
-    attn = sum(4 * r.model_dim**2 for layer in r.layers if layer.attn)
-    mlp = len(r.layers) * 2 * r.model_dim * r.hidden_dim
-    return 6.0 * (attn + mlp + r.model_dim * cfg.padded_vocab)
+    attending = sum(bool(layer.attn) for layer in r.layers)
+    weights = {
+        "qkv": 3 * attending * r.model_dim**2, "out": attending * r.model_dim**2,
+        "mlp": 2 * len(r.layers) * r.model_dim * r.hidden_dim, "head": r.model_dim * cfg.padded_vocab,
+    }  # fmt: skip
+    # Of the layers' three products, that of the weight's gradient is never in FP8.
+    eight = sum((6.0 if name == "head" else 4.0) * weights[name] for name in cfg.fp8)
+    return 6.0 * sum(weights.values()), eight
 
 
 def least_times(job, tg: ModuleType, batch_tokens: int, ceiling: Ceiling) -> dict[str, float]:
     """Least ms a step of the rows whose arithmetic and traffic are known without asking the kernels."""
     cfg, tokens = job.cfg, batch_tokens / job.ranks.world_size
-    r = cfg.recipe
-    head = 6.0 * r.model_dim * cfg.padded_vocab
-    # Of the hidden layers only the forward products, a third, are in FP8.
-    mlp8 = 4.0 * len(r.layers) * r.model_dim * r.hidden_dim if "mlp" in cfg.fp8 else 0.0
-    eight = (head if "head" in cfg.fp8 else 0.0) + mlp8
-    products_s = (flops_per_token(cfg) - eight) / ceiling.bf16_flops + eight / ceiling.fp8_flops
+    flops, eight = flops_per_token(cfg)
+    products_s = (flops - eight) / ceiling.bf16_flops + eight / ceiling.fp8_flops
     # bf16 logits are read forward and backward, and their gradient is written: in FP8 one byte each.
     logits_bytes = tokens * cfg.padded_vocab * (2 + 2 + (1 if "head" in cfg.fp8 else 2))
     optimizer_s = least_optimizer(job.optimizer, tg, ceiling)
