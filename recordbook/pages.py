@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC
 
 from compare_runs import Row, printable, table
@@ -52,11 +52,11 @@ def probability(p: float | None) -> str:
     return "-" if p is None else f"{p:.3g}"
 
 
-def gain_text(gain: dict | None) -> str:
+def gain_text(gain: dict | None, escape: Callable[[str], str] = str) -> str:
     """'0.1033 s (4.90%), 98% interval 0.0962 to 0.1104'; of a score '0.0824 val_bpb (6.25%), ...'."""
     if gain is None:
         return "-"
-    unit = "s" if gain["of"] == "time" else cell(gain["of"])
+    unit = "s" if gain["of"] == "time" else escape(gain["of"])
     sized = f"{gain['amount']:.4f} {unit} ({gain['relative']:.2%})"
     return f"{sized}, {gain['level']:.0%} interval {gain['low']:.4f} to {gain['high']:.4f}"
 
@@ -64,12 +64,12 @@ def gain_text(gain: dict | None) -> str:
 # 2. a record's page ---------------------------------------------------------------------------------------
 
 
-def beside_previous(content: dict) -> list[str]:
+def beside_previous(content: dict, escape: Callable[[str], str] = str) -> list[str]:
     """How a record stands beside the newest one when it was accepted, one sentence each."""
     before = content["previous"]
     if before is None:
         return ["It is the first record of the track."]
-    metric, own = cell(content["rules"]["metric"]), content["arms"][-1]["stats"]
+    metric, own = escape(content["rules"]["metric"]), content["arms"][-1]["stats"]
     size = f"{before['time_mean']:.4f} s, {metric} {before['loss_mean']:.4f}"
     lines = [f"The newest record of the track was {before['record']}: {size}."]
     if content["claim"] == "score":
@@ -113,7 +113,7 @@ def result_lines(content: dict) -> list[str]:
     if content["gain"]:
         place = "its own baseline arm, which ran in turn with it on the same machine"
         word = "Faster" if content["gain"]["of"] == "time" else "Better"
-        lines.append(f"{word} than {place}, by {gain_text(content['gain'])}.")
+        lines.append(f"{word} than {place}, by {gain_text(content['gain'], cell)}.")
     return lines
 
 
@@ -157,7 +157,7 @@ def record_page(content: dict) -> str:
     parts = [
         f"# {track}: {content['name']} ({content['date']})",
         "\n".join(result_lines(content)),
-        "\n".join(beside_previous(content)),
+        "\n".join(beside_previous(content, cell)),
         table(names, rows, content["rules"]["metric"], markdown=True),
         f"## Verdict: {verdict['outcome']}",
         "\n".join(f"- {reason['state']}: {cell(reason['text'])}" for reason in verdict["reasons"]),
@@ -224,7 +224,7 @@ def track_page(track: Track, records: Sequence[Record]) -> str:
             f"{row['loss_mean']:.4f}",
             f"{row['loss_sd']:.4f}",
             probability(row["p"]),
-            gain_text(row["gain"]),
+            gain_text(row["gain"], cell),
             cell(f"{row['machine']}: {row['hardware']}"),
         ]
         for row in history(records)
