@@ -1,12 +1,15 @@
-"""Do the kernels and FP8 train to the loss that plain PyTorch trains to?
+"""Do the kernels and FP8 train to the loss that plain PyTorch trains to, and which FP8 product does not?
 
     python benchmarks/same_loss.py --recipe sprint --data data/books [--seeds 3] [--steps 8]
+    python benchmarks/same_loss.py --recipe sprint --data data/books --fp8 head head+mlp head+mlp+qkv+out
 
-Two arms at equal seeds and steps, seed by seed in turn: the recipe as it is, with everything that makes it
-fast, and plain PyTorch: eager, no kernels of ours, no FP8, attention with a mask, nothing recorded. The
-schedule is the recipe's, cut to so many steps a stage and 2 of extension; validation reads at most 10
-slots. The answer is a table of final losses and Welch's interval for the difference of the means. A run of
-the plain arm takes about five times as long.
+Arms at equal seeds and steps, seed by seed in turn. Without `--fp8` two: the recipe as it is, with all
+that makes it fast, and plain PyTorch: eager, no kernels of ours, no FP8, attention with a mask, nothing
+recorded, which takes about five times as long. With `--fp8` an arm for each set of products in FP8, the first
+one being what the others are compared with; a CPU emulates the rounding. The schedule is the recipe's, cut
+to so many steps a stage and 2 of extension, and validation reads at most 10 slots; `--steps 0` leaves both whole.
+The answer is a table of final losses, Welch's interval for the difference of the means, and the differences
+at equal seeds.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -23,10 +27,32 @@ sys.path.append(str(ROOT))
 import train_gpt as tg  # noqa: E402
 
 kernels = tg.kernels
+PRODUCTS = "head", "mlp", "qkv", "out"
+
+
+class Arm(NamedTuple):
+    name: str
+    fp8: tuple[str, ...]
+    is_plain: bool = False
+
+
+def arms_of(sets: list[str] | None, recipe: tg.Recipe) -> list[Arm]:
+    """What is compared, the baseline last; 'none' is the empty set."""
+    if sets is None:
+        return [Arm("fast", recipe.fp8), Arm("plain", (), is_plain=True)]
+    arms = [Arm(name, tuple(x for x in name.split("+") if x != "none")) for name in sets]
+    unknown = sorted({x for arm in arms for x in arm.fp8} - {*PRODUCTS})
+    if unknown or len({frozenset(arm.fp8) for arm in arms}) < max(len(arms), 2):
+        found = f"unknown {unknown}" if unknown else "two are equal, or there is only one"
+        rule = f"two or more different sets of {', '.join(PRODUCTS)}, such as: none head head+mlp"
+        raise tg.InputError(f"--fp8 {' '.join(sets)}: {found}; want {rule}")
+    return [*arms[1:], arms[0]]
 
 
 def cut(recipe: tg.Recipe, steps: int) -> tg.Recipe:
-    """The recipe with `steps` in every stage and 2 in the extension; momentum scaled with it."""
+    """The recipe with `steps` in every stage and 2 in the extension; momentum scaled with it. 0: as it is."""
+    if not steps:
+        return replace(recipe, val_every=10**9)
     stages = [replace(stage, steps=steps) for stage in recipe.stages[:-1]]
     stages.append(replace(recipe.stages[-1], steps=2))
     factor = (3 * steps + 2) / recipe.total_steps
@@ -35,16 +61,21 @@ def cut(recipe: tg.Recipe, steps: int) -> tg.Recipe:
     return replace(recipe, stages=tuple(stages), momentum=momentum, val_tokens=val_tokens, val_every=10**9)
 
 
-def build(args: argparse.Namespace, recipe: tg.Recipe, ranks: tg.Ranks, is_plain: bool) -> tg.Job:
+def build(args: argparse.Namespace, recipe: tg.Recipe, ranks: tg.Ranks, arm: Arm) -> tg.Job:
     """A job of one arm, its log in a temporary folder."""
     corpus = tg.Corpus.open(args.data)
-    options = ["--recipe", args.recipe, "--data", str(args.data), "--out", f"{args.folder}/{is_plain}.txt"]
+    options = ["--recipe", args.recipe, "--data", str(args.data), "--out", f"{args.folder}/{arm.name}.txt"]
     given = tg.parse(options)
-    tg.RECIPES[args.recipe] = replace(recipe, fp8=()) if is_plain else recipe
+    tg.RECIPES[args.recipe] = replace(recipe, fp8=arm.fp8)
     cfg, _ = tg.configure(given, ranks, corpus)
-    cfg = replace(cfg, attention="reference") if is_plain else cfg
+    if args.fp8 and cfg.fp8 != arm.fp8:
+        if ranks.device.type == "cuda":
+            missing = f"this GPU does not run {sorted({*arm.fp8} - {*cfg.fp8})} in FP8"
+            raise tg.InputError(f"--fp8 {arm.name}: {missing}; leave it out, or use a CPU, which emulates it")
+        cfg = replace(cfg, fp8=arm.fp8)
+    cfg = replace(cfg, attention="reference") if arm.is_plain else cfg
     job, _ = tg.build(given, cfg, ranks, corpus)
-    if is_plain:
+    if arm.is_plain:
         job.forward, job.passes.grads = job.model, []
     job.log = tg.Log(given.out, is_master=True)
     return job
@@ -72,6 +103,15 @@ def interval(new: list[float], base: list[float]) -> str:
     return f"{statistics.mean(new) - statistics.mean(base):+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
 
 
+def paired(new: list[float], base: list[float]) -> str:
+    """The differences at equal seeds."""
+    differences = [a - b for a, b in zip(new, base, strict=True)]
+    if len(differences) < 2:
+        return "one pair"
+    sd = statistics.stdev(differences)
+    return f"pairs: sd {sd:.4f}, standard error {sd / len(differences) ** 0.5:.4f}, n={len(differences)}"
+
+
 def never(x: object) -> bool:
     """Whether a kernel of ours is used, in the plain arm."""
     return False
@@ -79,24 +119,30 @@ def never(x: object) -> bool:
 
 def compare(args: argparse.Namespace) -> None:
     ranks, stop = tg.Ranks.from_torchrun(), tg.StopRequest()
-    recipe, arms, on_gpu = cut(tg.RECIPES[args.recipe], args.steps), {}, kernels._use_kernels
-    matmul_on_gpu = kernels._use_matmul_kernels
+    recipe, on_gpu, matmul_on_gpu = tg.RECIPES[args.recipe], kernels._use_kernels, kernels._use_matmul_kernels
+    arms = arms_of(args.fp8, recipe)
+    recipe, jobs = cut(recipe, args.steps), {}
+    losses = {arm.name: [] for arm in arms}
     with ranks.process_group():
-        for name, is_plain in (("fast", False), ("plain", True)):
-            arms[name] = build(args, recipe, ranks, is_plain), []
-        tg.warm_up(arms["fast"][0])
+        for arm in arms:
+            jobs[arm.name] = build(args, recipe, ranks, arm)
+            if not arm.is_plain:
+                tg.warm_up(jobs[arm.name])
         for seed in range(1, args.seeds + 1):
-            for name, (job, losses) in arms.items():
-                is_plain = name == "plain"
-                kernels._use_kernels = never if is_plain else on_gpu
-                kernels._use_matmul_kernels = never if is_plain else matmul_on_gpu
-                result = train(job, seed, stop)
-                losses.append(result["val_loss"])
+            for arm in arms:
+                kernels._use_kernels = never if arm.is_plain else on_gpu
+                kernels._use_matmul_kernels = never if arm.is_plain else matmul_on_gpu
+                result = train(jobs[arm.name], seed, stop)
+                losses[arm.name].append(result["val_loss"])
                 seconds, mib = result["train_time_ms"] / 1000, result["peak_memory_mib"]
-                print(
-                    f"{name} seed {seed}: loss {losses[-1]:.5f} in {seconds:.1f} s, {mib:,} MiB", flush=True
+                said = (
+                    f"{arm.name} seed {seed}: loss {result['val_loss']:.5f} in {seconds:.1f} s, {mib:,} MiB"
                 )
-    print(f"fast less plain: {interval(arms['fast'][1], arms['plain'][1])}")
+                print(said, flush=True)
+    base = arms[-1].name
+    for arm in arms[:-1]:
+        both = losses[arm.name], losses[base]
+        print(f"{arm.name} less {base}: {interval(*both)}; {paired(*both)}")
 
 
 def main() -> int:
@@ -106,14 +152,15 @@ def main() -> int:
     parser.add_argument("--recipe", default="tiny", help=f"one of {', '.join(tg.RECIPES)}; default tiny")
     parser.add_argument("--data", type=Path, help="folder of shards; default as for train_gpt.py")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm; default 3")
-    parser.add_argument("--steps", type=int, default=8, help="of each stage; default 8")
+    parser.add_argument("--steps", type=int, default=8, help="of each stage; default 8; 0: the recipe's own")
+    parser.add_argument("--fp8", nargs="+", metavar="SET", help="products joined by +, or none; see above")
     parser.error = tg.refuse
     try:
         args = parser.parse_args()
-        if args.recipe not in tg.RECIPES or args.seeds < 1 or args.steps < 2:
+        if args.recipe not in tg.RECIPES or args.seeds < 1 or (args.steps < 2 and args.steps != 0):
             found = f"--recipe {args.recipe}, --seeds {args.seeds}, --steps {args.steps}"
             raise tg.InputError(
-                f"{found}: want a recipe of {', '.join(tg.RECIPES)}, 1 seed, 2 steps at least"
+                f"{found}: want a recipe of {', '.join(tg.RECIPES)}, 1 seed, 2 steps at least or 0"
             )
         args.data = args.data or tg.parse(["--recipe", args.recipe]).data
         with tempfile.TemporaryDirectory() as args.folder:
