@@ -5,11 +5,11 @@
 
 Arms at equal seeds and steps, seed by seed in turn. Without `--fp8` two: the recipe as it is, with all
 that makes it fast, and plain PyTorch: eager, no kernels of ours, no FP8, attention with a mask, nothing
-recorded, which takes about five times as long. With `--fp8` an arm for each set of products in FP8, the first
-one being what the others are compared with; a CPU emulates the rounding. The schedule is the recipe's, cut
-to so many steps a stage and 2 of extension, and validation reads at most 10 slots; `--steps 0` leaves both whole.
-The answer is a table of final losses, Welch's interval for the difference of the means, and the differences
-at equal seeds.
+recorded, which takes about five times as long. With `--fp8` an arm for each set of products in FP8, the
+first one being what the others are compared with; a CPU emulates the rounding. The schedule is the
+recipe's, cut to so many steps a stage and 2 of extension, and validation reads at most 10 slots; `--steps
+0` leaves both whole. The answer is a table of final losses, Welch's interval for the difference of the
+means, and the differences at equal seeds.
 """
 
 import argparse

@@ -30,16 +30,21 @@ def test_the_interval():
     assert same_loss.interval([1.0, 1.2], [1.1, 1.3]) == "-0.1000, 95 % interval -0.7085 to +0.5085"
 
 
-# fmt: off
 @pytest.mark.parametrize(
     "options",
     [
-        ["--recipe", "none"], ["--seeds", "0"], ["--steps", "1"], ["--steps", "-1"], ["--seeds", "x"],
-        ["--fast"], ["--fp8", "none", "body"], ["--fp8", "head"], ["--fp8", "head+mlp", "mlp+head"],
+        ["--recipe", "none"],
+        ["--seeds", "0"],
+        ["--steps", "1"],
+        ["--steps", "-1"],
+        ["--seeds", "x"],
+        ["--fast"],
+        ["--fp8", "none", "body"],
+        ["--fp8", "head"],
+        ["--fp8", "head+mlp", "mlp+head"],
     ],
     ids=str,
 )
-# fmt: on
 def test_bad_input_is_one_line(options):
     command = [sys.executable, str(ROOT / "benchmarks" / "same_loss.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True)
