@@ -133,7 +133,7 @@ def test_loss_ref_is_the_loop(weights, slots):
     positions, weights_K = positions_of(slots), torch.tensor(weights, dtype=torch.float64)
     got = with_grads(lambda x: tk.softcapped_cross_entropy(x, targets, positions, weights_K), (logits,), dy)
     want = with_grads(lambda x: loss_by_loop(x, targets, slots, weights_K), (logits,), dy)
-    assert_close(got, want, want, tiny=1e-11)
+    assert_close(got, want, want, tiny=1e-12)
 
 
 def test_evaluation_loss_is_cross_entropy_of_the_capped_logits():
@@ -392,6 +392,9 @@ def test_fp8_linear_is_registered_properly():
     eights = tuple(tk._eight(t, f) for t, f in zip(inputs, (16, 256), strict=True))
     leaves = tuple(t.requires_grad_() for t in inputs)
     torch.library.opcheck(tk._fp8_linear, (*leaves, *eights), test_utils=checks)
+    g, w = torch.randn(10, 32), inputs[1].detach()
+    of_dx = g, w, tk._e5m2_gradient(g), tk._eight(w.T, 256).contiguous()
+    torch.library.opcheck(tk._fp8_linear_dx, of_dx, test_utils="test_faketensor")
 
 
 def test_fp8_factors_are_whole_powers_of_two():
@@ -566,7 +569,7 @@ def test_attention_reference_is_the_loop(case):
     arguments = cu, tokens, *sched(window, 0.25), max_window, "reference"
     got = with_grads(lambda *x: tk.attention(*x, *arguments), qkv, dy)
     want = with_grads(lambda *x: attention_by_loop(*x, cu, window, 0.25), qkv, dy)
-    assert_close(got, want, want, tiny=1e-11)
+    assert_close(got, want, want, tiny=1e-12)
 
 
 def test_attention_reference_in_bfloat16():
