@@ -775,10 +775,10 @@ class GPT(nn.Module):
         """Attention of one layer: x is normalised; `w` holds the layer's weights and gates."""
         r, (positions_N, cu_seqlens, max_seq_len) = self.cfg.recipe, where
         H, K, paired = r.num_heads, r.head_dim, layer.attn == "paired"
-        eight, gate_in = self.cfg.fp8 if self.training else (), x_ND[:, :GATE_DIM]
-        qkv = (kernels.fp8_linear if "qkv" in eight else F.linear)(x_ND, w["qkv"]).view(-1, 3, H, K)
+        eight, gate_in = self.cfg.fp8 if self.training else (), x_ND[:, :GATE_DIM].contiguous()
         ve = (w["ve"].view(-1, H, K), F.linear(gate_in, w["ve_gate"])) if "ve" in w else (None, None)
-        heads = kernels.prepare_qkv(qkv, self.cos, self.sin, positions_N, *ve, paired, layer.key_offset)
+        tables, qkv = (self.cos, self.sin), kernels.fp8_linear_qkv if "qkv" in eight else kernels.linear_qkv
+        heads = qkv(x_ND, w["qkv"], *tables, positions_N, *ve, paired, layer.key_offset)
         if paired:
             # As they lie in memory, halves of the H heads are rows 2t and 2t+1 of a sequence twice as long.
             heads = [z.view(-1, H // 2, K) for z in heads]

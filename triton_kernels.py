@@ -225,65 +225,18 @@ def ba_plus_caa(a_MNN: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. quantize: FP8 of x / scale in both layouts
-
-# Traffic of the head's operands at N = 49,152, D = 768, V = 50,304: x 151 MB, 35 us, and w 155 MB, 36 us,
-# read in bf16 and written in both layouts. The second layout is there because an FP8 product takes both
-# operands along the inner dimension only.
-QUANTIZE_TILE = (64, 128)  # rows, columns; record 76, pull request 240
-QUANTIZE_WARPS = 8
+# 3. matrices in 8 bits: rounding, transposes, products
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # 3 mantissa bits, max 448; 2 mantissa bits, max 57344
-
-
-def quantize_ref(x_NC: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    limit = torch.finfo(dtype).max
-    x8_NC = (x_NC.float() * (1.0 / scale)).clamp(-limit, limit).to(dtype)
-    return x8_NC, x8_NC.T.contiguous()
-
-
-@jit
-def _quantize_kernel(
-    x_ptr,  # (N, C), last stride 1
-    row_ptr,  # (N, C) contiguous, FP8
-    col_ptr,  # (C, N) contiguous, the same values as bytes
-    num_rows, num_cols, stride, inv_scale, LIMIT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """x / scale rounded once to FP8, written in both layouts; saturates, and keeps NaN."""
-    blocks_c = tl.cdiv(num_cols, BC)
-    rows = (tl.program_id(0) // blocks_c).to(tl.int64) * BN + tl.arange(0, BN)  # N * V exceeds 2^31
-    cols = tl.program_id(0) % blocks_c * BC + tl.arange(0, BC)
-    row_ok = rows < num_rows
-    col_ok = cols < num_cols
-    inside = row_ok[:, None] & col_ok[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    x *= inv_scale
-    x = tl.where(x > LIMIT, LIMIT, x)
-    x = tl.where(x < -LIMIT, -LIMIT, x)
-    x8 = x.to(row_ptr.dtype.element_ty)
-    tl.store(row_ptr + rows[:, None] * num_cols + cols[None, :], x8, mask=inside)
-    wide_cols = cols.to(tl.int64)
-    col_ptrs = col_ptr + wide_cols[:, None] * num_rows + rows[None, :]
-    bytes_CN = tl.trans(x8.to(tl.int8, bitcast=True))
-    tl.store(col_ptrs, bytes_CN, mask=col_ok[:, None] & row_ok[None, :])
-
-
-def _quantize(x_NC: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x8_NC, x8_CN): FP8 of x / scale in both layouts."""
-    if not _use_kernels(x_NC):
-        return quantize_ref(x_NC, scale, dtype)
-    x_NC, (block_n, block_c) = _rows_contiguous(x_NC), QUANTIZE_TILE
-    (n, c), stride = x_NC.shape, x_NC.stride(0)
-    x8_NC = torch.empty(n, c, dtype=dtype, device=x_NC.device)
-    x8_CN = torch.empty(c, n, dtype=dtype, device=x_NC.device)
-    grid = (_cdiv(n, block_n) * _cdiv(c, block_c),)
-    constants = {"LIMIT": torch.finfo(dtype).max, "BN": block_n, "BC": block_c, "num_warps": QUANTIZE_WARPS}
-    _quantize_kernel[grid](x_NC, x8_NC, x8_CN.view(torch.int8), n, c, stride, 1.0 / scale, **constants)
-    return x8_NC, x8_CN
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. products of FP8 matrices
+# Static factors; e4m3 is normal from 2^-6. Powers of two round nothing; a float would become a symbol under
+# torch.compile.
+E4M3_X_FACTOR = 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
+E4M3_W_FACTOR = 256  # to 1.75: weights of 0.03 become 8
+E4M3_POST_FACTOR = 1  # to 448: |pre| <= 21
+E5M2_GRAD_FACTOR = 8192  # to 7; the smallest is 2e-9. In `tiny` 98 % of |g| and |dpre| lie in 4e-7 to 1e-2
+E5M2_LOGITS_FACTOR = 512  # of the gradient of the logits: to 112
+LINEAR_FACTOR = E4M3_X_FACTOR * E4M3_W_FACTOR
+DX_FACTOR, DW_FACTOR = E5M2_GRAD_FACTOR * E4M3_W_FACTOR, E5M2_GRAD_FACTOR * E4M3_X_FACTOR
 
 
 @functools.cache
@@ -298,25 +251,78 @@ def fp8_available(device: torch.device | str) -> tuple[bool, str]:
     return True, ""
 
 
+def _eight(x: Tensor, factor: int, dtype: torch.dtype = E4M3) -> Tensor:
+    """x times the factor in 8 bits, saturated, no gradient. Compiled, part of the kernel that makes x."""
+    limit = torch.finfo(dtype).max
+    return (x.detach().float() * factor).clamp(-limit, limit).to(dtype)
+
+
+def _eights(x_ND: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return _eight(x_ND, E4M3_X_FACTOR), _eight(w, E4M3_W_FACTOR)
+
+
+def _e5m2_gradient(g: Tensor) -> Tensor:
+    return _eight(g, E5M2_GRAD_FACTOR, E5M2)
+
+
+@jit
+def _saturate(x, LIMIT: tl.constexpr):
+    return tl.clamp(x, -1.0 * LIMIT, 1.0 * LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
 @functools.cache
 def _on_device(scale: float, device: torch.device) -> Tensor:
     # cuBLAS 13 wants each scale at a 16-byte aligned address: its own allocation has one, a slice need not.
     return torch.full((), scale, dtype=torch.float32, device=device)
 
 
-def _matmul_fp8(a8: Tensor, b8_t: Tensor, a_by: float, b_by: float, out: Tensor, is_fast: bool) -> Tensor:
-    """out = a8 @ b8_t.T times both scales `by`; both operands row-major. Emulated in float32 on a CPU."""
+def _matmul_fp8(a8: Tensor, b8_t: Tensor, factor: int, out: Tensor, is_fast: bool) -> Tensor:
+    """out = a8 @ b8_t.T over the product of their factors; rows contiguous. Emulated in float32 on a CPU.
+
+    Fast sums keep about 14 bits: for the short ones over D or F, not for those over tokens or logits.
+    """
     if not a8.is_cuda:
-        return out.copy_((a8.float() @ b8_t.float().T) * (a_by * b_by))
+        return out.copy_((a8.float() @ b8_t.float().T) / factor)
     is_available, reason = fp8_available(a8.device)
     if not is_available:
         raise ValueError(f"FP8 product: {reason}; leave it to bf16")
-    scales = (_on_device(scale, a8.device) for scale in (a_by, b_by))
+    scales = (_on_device(scale, a8.device) for scale in (1.0 / factor, 1.0))
     return torch._scaled_mm(a8, b8_t.T, *scales, out_dtype=out.dtype, use_fast_accum=is_fast, out=out)
 
 
+@torch.library.custom_op("splits::product8", mutates_args=())
+def _product8(a8_NK: Tensor, b8_CK: Tensor, factor: int, is_fast: bool, dtype: torch.dtype) -> Tensor:
+    out_NC = a8_NK.new_empty(a8_NK.shape[0], b8_CK.shape[0], dtype=dtype)
+    return _matmul_fp8(a8_NK, b8_CK, factor, out_NC, is_fast)
+
+
+_product8.register_fake(lambda a, b, f, fast, dtype: a.new_empty(a.shape[0], b.shape[0], dtype=dtype))
+
+
+def _padded(n: int) -> int:
+    """The inner dimension of a product over n tokens: a multiple of 16, which FP8 products and TMA want."""
+    return _cdiv(n, 16) * 16
+
+
+def _empty_columns(n: int, c: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    make = torch.empty if n == _padded(n) else torch.zeros
+    return make(c, _padded(n), dtype=torch.int8, device=device).view(dtype)
+
+
+# Traffic at N = 49,152: 76 MB for D = 768, 18 us (25 measured), 302 for F, 70 us (84); 49,152 x 50,304 in 10.
+@torch.library.custom_op("splits::columns8", mutates_args=())
+def _columns8(x8_NC: Tensor) -> Tensor:
+    """(C, padded N): the transpose, because an FP8 product takes both operands along the inner dimension."""
+    x8_CN = _empty_columns(*x8_NC.shape, x8_NC.dtype, x8_NC.device)
+    transpose_copy(x8_CN.view(torch.int8)[:, : len(x8_NC)], x8_NC.view(torch.int8))
+    return x8_CN
+
+
+_columns8.register_fake(lambda x8_NC: x8_NC.new_empty(x8_NC.shape[1], _padded(x8_NC.shape[0])))
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 5. linear_relu2: relu(x W1^T)^2 W2, in bf16 or FP8
+# 4. linear_relu2: relu(x W1^T)^2 W2, in bf16 or FP8
 
 # At N = 49,152, D = 768, F = 3072 a product is 232 GFLOP, 294 us, half in FP8. The first moves 382 MB, 89
 # us. Forward is 2 such products, backward 4: 0.59 and 1.17 ms. Fusing the activation saves a write and a
@@ -327,16 +333,11 @@ def _matmul_fp8(a8: Tensor, b8_t: Tensor, a_by: float, b_by: float, out: Tensor,
 # One H200, torch 2.11, medians of 10, us: forward 387, backward 491; the bare product by cuBLAS: 336.
 RELU2_FORWARD = Tile(128, 256, 64, 3, 8), 1, 1  # and programs a processor, parts in which a tile is stored
 RELU2_BACKWARD = Tile(128, 128, 64, 5, 4), 2, 1  # in two waves, since one fills a processor; in one 501 us
-# FP8 forward (pull requests 306 and 342) moves 493 MB, 115 us; the kernel takes 301, stored in one part 371.
-RELU2_FP8 = Tile(128, 256, 64, 6, 8), 1, 2
-# FP8 backward reads 340 MB and writes 453, 184 us; its product, 147 at twice the bf16 rate. Measured 365 and
-# 386, other tiles to 757, bf16 494 (medians of two rounds, one); the product for dx after it 175, not 330.
-RELU2_FP8_BACKWARD = Tile(128, 128, 64, 4, 8), 2, 2
-# Static factors; e4m3 is normal from 2^-6 to 448. Whole: a float would become a symbol under torch.compile.
-E4M3_X_FACTOR = 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
-E4M3_W_FACTOR = 256  # to 1.75: weights of 0.03 become 8
-E4M3_POST_FACTOR = 1  # to 448: |pre| <= 21
-E5M2_GRAD_FACTOR = 8192  # to 7; the smallest is 2e-9. In `tiny` 98 % of |g| and |dpre| lie in 4e-7 to 1e-2
+# In FP8 post and dpre are kept in 8 bits alone, each beside its transpose for the weights' gradients: 340 MB
+# forward, 79 us, backward 491, 114 us; a product 147 us at twice the bf16 rate. Measured 219 and 308, without
+# the transposes 196 and 253, and 84 more for each by a kernel of its own (one H200, medians of 15).
+RELU2_FP8 = Tile(128, 128, 128, 3, 4), 2, 2
+RELU2_FP8_BACKWARD = Tile(128, 128, 64, 4, 8), 2, 1
 
 
 def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -344,54 +345,31 @@ def linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
     return F.relu(x_ND @ w1_FD.T).square() @ w2_FD
 
 
-def _eight(x: Tensor, factor: int, dtype: torch.dtype = E4M3) -> Tensor:
-    """x times the factor in 8 bits, saturated, no gradient. Compiled, part of the kernel that makes x."""
-    limit = torch.finfo(dtype).max
-    return (x.detach().float() * factor).clamp(-limit, limit).to(dtype)
-
-
-def _e5m2_gradient(g: Tensor) -> Tensor:
-    return _eight(g, E5M2_GRAD_FACTOR, E5M2)
-
-
-class _Fp8Product(torch.autograd.Function):
-    """x @ w and the product that makes dx of rounded tensors; that which makes dw of the exact ones."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, x_factor: int) -> Tensor:
-        x8, w8 = (_eight(t, f).to(t.dtype) / f for t, f in ((x, x_factor), (w, E4M3_W_FACTOR)))
-        ctx.save_for_backward(x, w8)
-        return x8 @ w8
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, w8 = ctx.saved_tensors
-        return (_e5m2_gradient(g).to(g.dtype) / E5M2_GRAD_FACTOR) @ w8.T, x.T @ g, None
-
-
-def fp8_linear_relu2_ref(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
-    """The rounding emulated in at least float32: for tests and small machines."""
-    x, w1, w2 = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, w1_FD, w2_FD))
-    post_NF = F.relu(_Fp8Product.apply(x, w1.T, E4M3_X_FACTOR)).square()
-    return _Fp8Product.apply(post_NF, w2, E4M3_POST_FACTOR).to(x_ND.dtype)
+def fp8_relu2_ref(a8_NK: Tensor, w8_FK: Tensor, post8_NF: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(post8_NF, its transpose) of x and w1; with post8, (dpre8_NF, its transpose) of the gradient and w2."""
+    out_NF = (a8_NK.float() @ w8_FK.float().T) * _relu2_scale(post8_NF is not None, is_fp8=True)
+    out_NF = F.relu(out_NF).square() if post8_NF is None else out_NF * post8_NF.float().sqrt()
+    out8_NF = _eight(out_NF, 1, a8_NK.dtype)
+    return out8_NF, _columns8(out8_NF)
 
 
 @jit
 def _relu2_store(
-    acc, post_desc, out_desc, out8_desc, row, col, SCALE: tl.constexpr, OUT8_FACTOR: tl.constexpr,
-    LIMIT: tl.constexpr, IS_BACKWARD: tl.constexpr, IS_FP8: tl.constexpr,
+    acc, post_desc, out_desc, columns_desc, row, col, SCALE: tl.constexpr, LIMIT: tl.constexpr,
+    IS_BACKWARD: tl.constexpr,
 ):  # fmt: skip
     acc *= SCALE
     if IS_BACKWARD:
-        acc *= 2.0 * tl.sqrt(post_desc.load([row, col]).to(tl.float32))
+        acc *= tl.sqrt(post_desc.load([row, col]).to(tl.float32))
     else:
         acc = tl.maximum(acc, 0.0)
         acc *= acc
-    out_desc.store([row, col], acc.to(out_desc.dtype))
-    if IS_FP8:
-        acc *= OUT8_FACTOR
-        acc = tl.clamp(acc, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        out8_desc.store([row, col], acc.to(out8_desc.dtype))
+    if LIMIT:
+        acc = _saturate(acc, LIMIT)
+    out = acc.to(out_desc.dtype)
+    out_desc.store([row, col], out)
+    if LIMIT:
+        columns_desc.store([col, row], tl.trans(out.to(tl.int8, bitcast=True)))
 
 
 @jit
@@ -400,16 +378,15 @@ def _relu2_kernel(
     w_desc,  # (F, K) in blocks (BN, BK): w1, in backward w2
     post_desc,  # (N, F) in blocks (BM, BN / PARTS), read in backward
     out_desc,  # (N, F) in the same blocks: post, in backward dpre
-    out8_desc,  # the same in FP8, unused without
+    columns_desc,  # (F, N) in blocks (BN / PARTS, BM): the transpose as bytes, written where LIMIT is given
     N, F_, K,
-    SCALE: tl.constexpr,  # of the product
-    OUT8_FACTOR: tl.constexpr, LIMIT: tl.constexpr,  # of out8, and its largest value
-    IS_BACKWARD: tl.constexpr, IS_FP8: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE: tl.constexpr, LIMIT: tl.constexpr,  # LIMIT: the largest value of out in FP8, or 0; a whole number
+    IS_BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out = relu(SCALE x w1^T)^2; in backward (SCALE g w2^T) 2 sqrt(post). out8 = OUT8_FACTOR out.
+    """out = relu(SCALE a w^T)^2, in backward (SCALE a w^T) sqrt(post), rounded once.
 
-    Each output is rounded once. Descriptors read zeros and write nothing beyond the edges.
+    Descriptors read zeros and write nothing beyond the edges.
     """
     blocks_f = tl.cdiv(F_, BN)
     tiles = tl.cdiv(N, BM) * blocks_f
@@ -419,12 +396,12 @@ def _relu2_kernel(
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for start in range(0, K, BK):
             acc = tl.dot(a_desc.load([row, start]), w_desc.load([col, start]).T, acc)
-        descs = post_desc, out_desc, out8_desc
+        descs = post_desc, out_desc, columns_desc
         if PARTS == 2:
             left, acc = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-            _relu2_store(left, *descs, row, col, SCALE, OUT8_FACTOR, LIMIT, IS_BACKWARD, IS_FP8)
+            _relu2_store(left, *descs, row, col, SCALE, LIMIT, IS_BACKWARD)
             col += BN // 2
-        _relu2_store(acc, *descs, row, col, SCALE, OUT8_FACTOR, LIMIT, IS_BACKWARD, IS_FP8)
+        _relu2_store(acc, *descs, row, col, SCALE, LIMIT, IS_BACKWARD)
 
 
 @functools.cache
@@ -456,35 +433,38 @@ def _aligned(x: Tensor) -> Tensor:
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def _relu2_constants(
-    tile: Tile, programs: int, parts: int, is_backward: bool, is_fp8: bool
-) -> dict[str, float | int]:
-    factor, out8_factor, dtype = E4M3_X_FACTOR, E4M3_POST_FACTOR, E4M3
+def _relu2_scale(is_backward: bool, is_fp8: bool) -> float:
+    """All factors of the operands and of what is written are one. That of the gradients cancels."""
+    root = math.sqrt(E4M3_POST_FACTOR)
     if is_backward:
-        factor, out8_factor, dtype = E5M2_GRAD_FACTOR, E5M2_GRAD_FACTOR, E5M2
-    scale = 1.0 / (factor * E4M3_W_FACTOR) if is_fp8 else 1.0
-    numbers = {"SCALE": scale, "OUT8_FACTOR": float(out8_factor), "LIMIT": torch.finfo(dtype).max}
-    kind = {"IS_BACKWARD": is_backward, "IS_FP8": is_fp8, "PROGRAMS": programs, "PARTS": parts}
+        return 2.0 / (E4M3_W_FACTOR * root) if is_fp8 else 2.0
+    return root / LINEAR_FACTOR if is_fp8 else 1.0
+
+
+def _relu2_constants(tile: Tile, programs: int, parts: int, is_backward: bool, is_fp8: bool) -> dict:
+    limit = int(torch.finfo(E5M2 if is_backward else E4M3).max) if is_fp8 else 0
+    numbers = {"SCALE": _relu2_scale(is_backward, is_fp8), "LIMIT": limit}
+    kind = {"IS_BACKWARD": is_backward, "PROGRAMS": programs, "PARTS": parts}
     blocks = {"BM": tile.block_m, "BN": tile.block_n, "BK": tile.block_k}
     return {**numbers, **kind, **blocks, "num_stages": tile.stages, "num_warps": tile.warps}
 
 
 def _launch_relu2(
-    config: tuple[Tile, int, int], a_NK: Tensor, w_FK: Tensor, out_NF: Tensor, out8_NF: Tensor | None = None,
+    config: tuple[Tile, int, int], a_NK: Tensor, w_FK: Tensor, out_NF: Tensor, out_FN: Tensor | None = None,
     post_NF: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Backward where `post_NF` is given; FP8 where `out8_NF` is."""
+    """Backward where `post_NF` is given; FP8 where `out_FN` is, whose rows may be longer: see _padded."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     describe, (tile, per_processor, parts) = TensorDescriptor.from_tensor, config
     a_NK, w_FK, (n, f), k = _aligned(a_NK), _aligned(w_FK), out_NF.shape, a_NK.shape[1]
-    bm, bn, bk = tile.block_m, tile.block_n, tile.block_k
-    read = describe(a_NK, [bm, bk]), describe(w_FK, [bn, bk])
-    others = (out_NF if x is None else x for x in (post_NF, out_NF, out8_NF))
-    descs = *read, *(describe(x, [bm, bn // parts]) for x in others)
+    (bm, bn, bk), is_fp8 = tile[:3], out_FN is not None
+    block = [bm, bn // parts]
+    out_desc, post_desc = describe(out_NF, block), describe(out_NF if post_NF is None else post_NF, block)
+    columns_desc = describe(out_FN.view(torch.int8), block[::-1]) if is_fp8 else out_desc
     programs = min(_processors(a_NK.device) * per_processor, _cdiv(n, bm) * _cdiv(f, bn))
-    is_backward, is_fp8 = post_NF is not None, out8_NF is not None
-    constants = _relu2_constants(tile, programs, parts, is_backward, is_fp8)
+    descs = describe(a_NK, [bm, bk]), describe(w_FK, [bn, bk]), post_desc, out_desc, columns_desc
+    constants = _relu2_constants(tile, programs, parts, post_NF is not None, is_fp8)
     _relu2_kernel[(programs,)](*descs, n, f, k, **constants)
 
 
@@ -495,66 +475,65 @@ def _linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> tuple[Tensor, T
     return post_NF @ w2_FD, post_NF
 
 
-@torch.library.custom_op("splits::fp8_linear_relu2", mutates_args=())
-def _fp8_linear_relu2(
-    x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, x8_ND: Tensor, w1_8_FD: Tensor, w2_8_DF: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The first three are for backward, the others are multiplied."""
-    post_NF = x_ND.new_empty(x_ND.shape[0], w1_FD.shape[0])
-    post8_NF = torch.empty_like(post_NF, dtype=E4M3)
-    _launch_relu2(RELU2_FP8, x8_ND, w1_8_FD, post_NF, post8_NF)
-    y_ND = x_ND.new_empty(x_ND.shape[0], w2_8_DF.shape[0])
-    scales = 1 / E4M3_POST_FACTOR, 1 / E4M3_W_FACTOR
-    return _matmul_fp8(post8_NF, w2_8_DF, *scales, y_ND, is_fast=True), post_NF
-
-
 @torch.library.custom_op("splits::linear_relu2_backward", mutates_args=())
 def _linear_relu2_backward(
-    g_ND: Tensor, x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, post_NF: Tensor,
-    g8_ND: Tensor | None = None, w1_8_DF: Tensor | None = None, w2_8_FD: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Both products that lead to dx in FP8 where the last three are given; those of the weights in bf16."""
+    g_ND: Tensor, x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor, post_NF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     dpre_NF = torch.empty_like(post_NF)
-    if g8_ND is None:
-        _launch_relu2(RELU2_BACKWARD, g_ND, w2_FD, dpre_NF, post_NF=post_NF)
-        dx_ND = dpre_NF @ w1_FD
-    else:
-        dpre8_NF, dx_ND = torch.empty_like(post_NF, dtype=E5M2), torch.empty_like(x_ND)
-        _launch_relu2(RELU2_FP8_BACKWARD, g8_ND, w2_8_FD, dpre_NF, dpre8_NF, post_NF)
-        _matmul_fp8(dpre8_NF, w1_8_DF, 1 / E5M2_GRAD_FACTOR, 1 / E4M3_W_FACTOR, dx_ND, is_fast=True)
-    return dx_ND, dpre_NF.T @ x_ND, post_NF.T @ g_ND
+    _launch_relu2(RELU2_BACKWARD, g_ND, w2_FD, dpre_NF, post_NF=post_NF)
+    return dpre_NF @ w1_FD, dpre_NF.T @ x_ND, post_NF.T @ g_ND
 
 
-@_linear_relu2_backward.register_fake
-def _(g_ND, x_ND, w1_FD, w2_FD, *_):
-    return tuple(t.new_empty(t.shape) for t in (x_ND, w1_FD, w2_FD))
-
-
-def _linear_relu2_fake(x_ND, w1_FD, w2_FD, *_):
-    n = x_ND.shape[0]
-    return x_ND.new_empty(n, w2_FD.shape[1]), x_ND.new_empty(n, w1_FD.shape[0])
+_linear_relu2.register_fake(lambda x, w1, w2: (x.new_empty(x.shape), x.new_empty(x.shape[0], w1.shape[0])))
+_linear_relu2_backward.register_fake(lambda g_ND, *t: tuple(x.new_empty(x.shape) for x in t[:3]))
 
 
 def _linear_relu2_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _linear_relu2_autograd(ctx, g_ND, _):
-    return _linear_relu2_backward(g_ND, *ctx.saved_tensors)
+_linear_relu2.register_autograd(
+    lambda ctx, g_ND, _: _linear_relu2_backward(g_ND, *ctx.saved_tensors), setup_context=_linear_relu2_setup
+)
 
 
-def _fp8_linear_relu2_autograd(ctx, g_ND, _):
-    _, w1_FD, w2_FD, _ = ctx.saved_tensors
-    w1_8_DF, w2_8_FD = _eight(w1_FD.T, E4M3_W_FACTOR).contiguous(), _eight(w2_FD, E4M3_W_FACTOR)
-    eights = _e5m2_gradient(g_ND), w1_8_DF, w2_8_FD
-    return *_linear_relu2_backward(g_ND, *ctx.saved_tensors, *eights), None, None, None
+def _fp8_relu2_outputs(a8_NK: Tensor, w8_FK: Tensor, *_) -> tuple[Tensor, Tensor]:
+    n, f = a8_NK.shape[0], w8_FK.shape[0]
+    return a8_NK.new_empty(n, f), a8_NK.new_empty(f, _padded(n))
 
 
-_autograds = (_linear_relu2, _linear_relu2_autograd), (_fp8_linear_relu2, _fp8_linear_relu2_autograd)
-for _op, _autograd in _autograds:
-    _op.register_fake(_linear_relu2_fake)
-    _op.register_autograd(_autograd, setup_context=_linear_relu2_setup)
+@torch.library.custom_op("splits::fp8_relu2", mutates_args=())
+def _fp8_relu2(a8_NK: Tensor, w8_FK: Tensor, post8_NF: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if not _use_tma(a8_NK, w8_FK, a8_NK.element_size()):
+        return fp8_relu2_ref(a8_NK, w8_FK, post8_NF)
+    config, outputs = RELU2_FP8 if post8_NF is None else RELU2_FP8_BACKWARD, _fp8_relu2_outputs(a8_NK, w8_FK)
+    _launch_relu2(config, a8_NK, w8_FK, *outputs, post8_NF)
+    return outputs
+
+
+_fp8_relu2.register_fake(_fp8_relu2_outputs)
+
+
+class _Fp8LinearRelu2(torch.autograd.Function):
+    # Not an op: x in bf16 would have to be written for it.
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
+        (x8_ND, w1_8_FD), w2_8_FD = _eights(x_ND, w1_FD), _eight(w2_FD, E4M3_W_FACTOR)
+        post8_NF, post8_FN = _fp8_relu2(x8_ND, w1_8_FD)
+        ctx.save_for_backward(x8_ND, w1_8_FD, w2_8_FD, post8_NF, post8_FN)
+        w2_8_DF, factor = w2_8_FD.T.contiguous(), E4M3_POST_FACTOR * E4M3_W_FACTOR
+        return _product8(post8_NF, w2_8_DF, factor, True, x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, g_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x8_ND, w1_8_FD, w2_8_FD, post8_NF, post8_FN = ctx.saved_tensors
+        g8_ND, dtype = _e5m2_gradient(g_ND), g_ND.dtype
+        dpre8_NF, dpre8_FN = _fp8_relu2(g8_ND, w2_8_FD, post8_NF)
+        dx_ND = _product8(dpre8_NF, w1_8_FD.T.contiguous(), DX_FACTOR, True, dtype)
+        dw1_FD = _product8(dpre8_FN, _columns8(x8_ND), DW_FACTOR, False, dtype)
+        factor = E4M3_POST_FACTOR * E5M2_GRAD_FACTOR
+        return dx_ND, dw1_FD, _product8(post8_FN, _columns8(g8_ND), factor, False, dtype)
 
 
 def linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -568,69 +547,54 @@ def linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
 
 
 def fp8_linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
-    """linear_relu2 with FP8 products in forward and, of the gradients, for dx (pull requests 306, 342, 363).
+    """linear_relu2 with all six products in FP8 (for forward pull requests 306, 342, for dx 363).
 
-    Weights and activations in e4m3, gradients in e5m2, factors above; weights' gradients by bf16 products.
-    Without TMA, and where D or F is no multiple of 16, the rounding is emulated, which gains no time.
+    Weights and activations in e4m3, gradients in e5m2, factors above. Without TMA, and where D or F is no
+    multiple of 16, the rounding is emulated, which gains no time.
     """
-    if not _use_tma(x_ND, w1_FD, E4M3.itemsize):
-        return fp8_linear_relu2_ref(x_ND, w1_FD, w2_FD)
-    x8_ND, w1_8_FD = _eight(x_ND, E4M3_X_FACTOR), _eight(w1_FD, E4M3_W_FACTOR)
-    w2_8_DF = _eight(w2_FD.T, E4M3_W_FACTOR).contiguous()
-    return _fp8_linear_relu2(x_ND, w1_FD, w2_FD, x8_ND, w1_8_FD, w2_8_DF)[0]
+    return _Fp8LinearRelu2.apply(x_ND, w1_FD, w2_FD)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. fp8_linear: x W^T in FP8
+# 5. fp8_linear: x W^T in FP8
 
-# At N = 49,152, D = 768, C = 2304: 174 GFLOP, 220 us, half in FP8. Source: pull requests 322 and 344. dx in
-# FP8 takes 139 us instead of 269 (one H200, median, n=1); rounding its gradient, 79 unless fused (by bytes).
-
-
-def fp8_linear_ref(x_ND: Tensor, w_CD: Tensor) -> Tensor:
-    """The rounding emulated."""
-    return _Fp8Product.apply(x_ND, w_CD.T, E4M3_X_FACTOR)
+# At N = 49,152, D = 768, C = 2304: 174 GFLOP, 220 us, half in FP8. Source: pull requests 322 and 344. The
+# weight's gradient in FP8 takes 127 us, not 257, at C = 768 80, not 88; transposes of 8 bits 65 and 25 (one
+# H200, medians of 15).
 
 
-@torch.library.custom_op("splits::fp8_linear", mutates_args=())
-def _fp8_linear(x_ND: Tensor, w_CD: Tensor, x8_ND: Tensor, w8_CD: Tensor) -> Tensor:
-    """The first two are for backward, the others are multiplied."""
-    y_NC = x_ND.new_empty(x_ND.shape[0], w_CD.shape[0])
-    return _matmul_fp8(x8_ND, w8_CD, 1 / E4M3_X_FACTOR, 1 / E4M3_W_FACTOR, y_NC, is_fast=True)
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, w_CD: Tensor, is_all: bool) -> Tensor:
+        x8_ND, w8_CD = _eights(x_ND, w_CD)
+        ctx.save_for_backward(x8_ND if is_all else x_ND, w8_CD)
+        ctx.is_all = is_all
+        return _product8(x8_ND, w8_CD, LINEAR_FACTOR, True, x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, g_NC: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x_ND, w8_CD), g8_NC = ctx.saved_tensors, _e5m2_gradient(g_NC)
+        if ctx.is_all:
+            return *_fp8_gradients(g8_NC, x_ND, w8_CD, g_NC.dtype), None
+        return _product8(g8_NC, w8_CD.T.contiguous(), DX_FACTOR, True, g_NC.dtype), g_NC.T @ x_ND, None
 
 
-@torch.library.custom_op("splits::fp8_linear_dx", mutates_args=())
-def _fp8_linear_dx(g_NC: Tensor, w_CD: Tensor, g8_NC: Tensor, w8_DC: Tensor) -> Tensor:
-    """The first two give shape and dtype, the others are multiplied."""
-    dx_ND = g_NC.new_empty(g_NC.shape[0], w_CD.shape[1])
-    return _matmul_fp8(g8_NC, w8_DC, 1 / E5M2_GRAD_FACTOR, 1 / E4M3_W_FACTOR, dx_ND, is_fast=True)
-
-
-_fp8_linear.register_fake(lambda x_ND, w_CD, *_: x_ND.new_empty(x_ND.shape[0], w_CD.shape[0]))
-_fp8_linear_dx.register_fake(lambda g_NC, w_CD, *_: g_NC.new_empty(g_NC.shape[0], w_CD.shape[1]))
-
-
-def _fp8_linear_autograd(ctx, g_NC):
-    x_ND, w_CD = ctx.saved_tensors
-    g8_NC, w8_DC = _e5m2_gradient(g_NC), _eight(w_CD.T, E4M3_W_FACTOR).contiguous()
-    return _fp8_linear_dx(g_NC, w_CD, g8_NC, w8_DC), g_NC.T @ x_ND, None, None
-
-
-_fp8_linear.register_autograd(
-    _fp8_linear_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
-)
+def _fp8_gradients(g8_NC: Tensor, x8_ND: Tensor, w8_CD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    dx_ND = _product8(g8_NC, w8_CD.T.contiguous(), DX_FACTOR, True, dtype)
+    return dx_ND, _product8(_columns8(g8_NC), _columns8(x8_ND), DW_FACTOR, False, dtype)
 
 
 def fp8_linear(x_ND: Tensor, w_CD: Tensor) -> Tensor:
     """F.linear with FP8 products in forward and for dx: to |x| of 28, |w| of 1.75, |gradient| of 7.
 
-    C and D are multiples of 16. The weight's gradient is a product of unrounded tensors.
+    C and D are multiples of 16. The weight's gradient is a product of unrounded tensors: at C = D = 768 two
+    transposes cost more than FP8 saves.
     """
-    return _fp8_linear(x_ND, w_CD, _eight(x_ND, E4M3_X_FACTOR), _eight(w_CD, E4M3_W_FACTOR))
+    return _Fp8Linear.apply(x_ND, w_CD, False)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. softcapped_cross_entropy: several next tokens a row, no float32 copy of the logits
+# 6. softcapped_cross_entropy: several next tokens a row, no float32 copy of the logits
 
 # Traffic at N = 49,152, V = 50,304, bf16: forward reads 4.9 GB, 1.15 ms; backward reads and writes, 2.3 ms
 # (1.7 ms with a gradient in 8 bits). Special-function operations bound them where each element costs three
@@ -773,7 +737,7 @@ def _ce_backward_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. softcapped_cross_entropy: launchers and op
+# 7. softcapped_cross_entropy: launchers and op
 
 
 def _ce_constants(block: int, warps: int, is_fast: bool) -> dict[str, float | int]:
@@ -856,7 +820,7 @@ def softcapped_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. transpose_add, transpose_copy: between the head (D, V) and the embedding (V, D)
+# 8. transpose_add, transpose_copy: between the head (D, V) and the embedding (V, D)
 
 # Traffic at D = 768, V = 50,304, bf16: add reads 155 MB and writes 77 MB, 54 us; copy 155 MB, 36 us. Both
 # sides of a tile are whole 128-byte lines. Eager kernels hold every SM for longer and starve NCCL (pull
@@ -925,27 +889,24 @@ def transpose_copy(dst_VD: Tensor, src_DV: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. fp8_head_loss: the head in 8 bits and its loss, with their gradients, a chunk of rows at a time
+# 9. fp8_head_loss: the head in 8 bits and its loss, with their gradients, a chunk of rows at a time
 
 # Work at N = 49,152, D = 768, V = 50,304: 3 products of 3.8 TFLOP, 2.4 ms each at twice the bf16 rate.
 # Traffic besides: logits written and read twice, 15 GB; the e5m2 gradient written, and read and written
-# transposed, because an FP8 product takes both operands along the inner dimension only, 7.4 GB; together
-# 5.2 ms. The gradient is made in forward (pull request 251), so that a chunk's logits are all that is kept of
-# them, and rounded once, from float32 to e5m2 (pull request 207).
+# transposed, 7.4 GB; together 5.2 ms. The gradient is made in forward (pull request 251), so that a chunk's
+# logits are all that is kept of them, and rounded once, from float32 to e5m2 (pull request 207).
 HEAD_CHUNK = 16384  # rows; fewer take less memory, and fill the GPU less well in the product for dx
-# Largest values kept: |x| 100 (a normalised row has at most sqrt(768)), |w| 1.6, gradient of the loss 96.
-HEAD_X_SCALE, HEAD_W_SCALE, HEAD_GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448
+HEAD_DX_FACTOR, HEAD_DW_FACTOR = E5M2_LOGITS_FACTOR * E4M3_W_FACTOR, E4M3_X_FACTOR * E5M2_LOGITS_FACTOR
 
 
 def fp8_head_loss_ref(
-    x_ND: Tensor, w_DV: Tensor, targets_N: Tensor, positions_N: Tensor, weights_K: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    x8_ND: Tensor, w8_DV: Tensor, targets_N: Tensor, positions_N: Tensor, weights_K: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, dx, dw): the same rounding by plain PyTorch, everything at once."""
-    x8_ND, x8_DN = quantize_ref(x_ND, HEAD_X_SCALE, E4M3)
-    w8_DV, w8_VD = quantize_ref(w_DV, HEAD_W_SCALE, E4M3)
-    logits_NV = x_ND.new_empty(len(x_ND), w_DV.shape[1])
-    dx_ND, dw_DV = (t.new_empty(t.shape) for t in (x_ND, w_DV))
-    _matmul_fp8(x8_ND, w8_VD, HEAD_X_SCALE, HEAD_W_SCALE, logits_NV, is_fast=True)
+    shapes = (len(x8_ND), w8_DV.shape[1]), x8_ND.shape, w8_DV.shape
+    logits_NV, dx_ND, dw_DV = (x8_ND.new_empty(shape, dtype=dtype) for shape in shapes)
+    _matmul_fp8(x8_ND, w8_DV.T.contiguous(), LINEAR_FACTOR, logits_NV, is_fast=True)
     loss = softcapped_cross_entropy_ref(logits_NV, targets_N, positions_N, weights_K).sum()
     # By hand: autograd is switched off inside a custom op.
     z_NV = softcap(logits_NV)
@@ -954,63 +915,63 @@ def fp8_head_loss_ref(
         w_N1 = torch.where(positions_N.roll(-k) >= k, weights_K[k], 0.0)[:, None]
         g_NV += w_N1 * p_NV
         g_NV.scatter_add_(1, targets_N.roll(-k).long()[:, None], -w_N1)
-    g_NV *= z_NV * (1 - z_NV / SOFTCAP_A) / SOFTCAP_C
-    g8_NV, g8_VN = quantize_ref(g_NV, HEAD_GRAD_SCALE, E5M2)
-    _matmul_fp8(g8_NV, w8_DV, HEAD_GRAD_SCALE, HEAD_W_SCALE, dx_ND, is_fast=False)
-    _matmul_fp8(x8_DN, g8_VN, HEAD_X_SCALE, HEAD_GRAD_SCALE, dw_DV, is_fast=False)
+    g8_NV = _eight(g_NV * z_NV * (1 - z_NV / SOFTCAP_A) / SOFTCAP_C, E5M2_LOGITS_FACTOR, E5M2)
+    _matmul_fp8(g8_NV, w8_DV, HEAD_DX_FACTOR, dx_ND, is_fast=False)
+    _matmul_fp8(_columns8(x8_ND), _columns8(g8_NV), HEAD_DW_FACTOR, dw_DV, is_fast=False)
     return loss, dx_ND, dw_DV
 
 
 @torch.library.custom_op("splits::fp8_head_loss", mutates_args=())
 def _fp8_head_loss(
-    x_ND: Tensor, w_DV: Tensor, targets_N: Tensor, positions_N: Tensor, weights_K: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not _use_kernels(x_ND):
-        return fp8_head_loss_ref(x_ND, w_DV, targets_N, positions_N, weights_K)
-    (n, _), v = x_ND.shape, w_DV.shape[1]
-    x8_ND, x8_DN = _quantize(x_ND, HEAD_X_SCALE, E4M3)
-    w8_DV, w8_VD = _quantize(w_DV, HEAD_W_SCALE, E4M3)
-    loss_N, lse_N = (x_ND.new_empty(n, dtype=torch.float32) for _ in range(2))
+    x8_ND: Tensor, w8_DV: Tensor, targets_N: Tensor, positions_N: Tensor, weights_K: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not _use_kernels(x8_ND):
+        return fp8_head_loss_ref(x8_ND, w8_DV, targets_N, positions_N, weights_K, dtype)
+    (n, d), v, device = x8_ND.shape, w8_DV.shape[1], x8_ND.device
+    x8_DN, w8_VD = _columns8(x8_ND), _columns8(w8_DV)[:, :d]
+    loss_N, lse_N = (torch.empty(n, device=device) for _ in range(2))
     rows = targets_N.contiguous(), positions_N.contiguous(), weights_K
-    grad_N = torch.full_like(lse_N, 1.0 / HEAD_GRAD_SCALE)
+    grad_N = torch.full_like(lse_N, E5M2_LOGITS_FACTOR)
     forward = _ce_constants(CE_FORWARD_BLOCK, CE_FORWARD_WARPS, is_fast=True)
     backward = _ce_constants(CE_BACKWARD_BLOCK, CE_BACKWARD_WARPS, is_fast=True)
     chunk = min(n, HEAD_CHUNK)
-    logits_CV, g8_CV = x_ND.new_empty(chunk, v), x_ND.new_empty(chunk, v, dtype=E5M2)
-    g8_VN = x_ND.new_empty(v, n, dtype=E5M2)
-    dx_ND, dw_DV = (t.new_empty(t.shape) for t in (x_ND, w_DV))
+    logits_CV, g8_CV = (torch.empty(chunk, v, dtype=t, device=device) for t in (dtype, E5M2))
+    g8_VN = _empty_columns(n, v, E5M2, device)
+    dx_ND, dw_DV = (torch.empty(t.shape, dtype=dtype, device=device) for t in (x8_ND, w8_DV))
     for first in range(0, n, chunk):
-        c, part = min(chunk, n - first), slice(first, first + chunk)
+        c, part = min(chunk, n - first), slice(first, min(first + chunk, n))
         logits, g8 = logits_CV[:c], g8_CV[:c]
-        _matmul_fp8(x8_ND[part], w8_VD, HEAD_X_SCALE, HEAD_W_SCALE, logits, is_fast=True)
+        _matmul_fp8(x8_ND[part], w8_VD, LINEAR_FACTOR, logits, is_fast=True)
         _ce_forward_kernel[(c,)](logits, *rows, loss_N, lse_N, first, n, v, v, **forward)
         _ce_backward_kernel[(c,)](grad_N, lse_N, logits, *rows, g8, first, n, v, v, **backward)
         _launch_transpose(g8_VN.view(torch.int8)[:, part], g8.view(torch.int8))
-        _matmul_fp8(g8, w8_DV, HEAD_GRAD_SCALE, HEAD_W_SCALE, dx_ND[part], is_fast=False)
-    _matmul_fp8(x8_DN, g8_VN, HEAD_X_SCALE, HEAD_GRAD_SCALE, dw_DV, is_fast=False)
+        _matmul_fp8(g8, w8_DV, HEAD_DX_FACTOR, dx_ND[part], is_fast=False)
+    _matmul_fp8(x8_DN, g8_VN, HEAD_DW_FACTOR, dw_DV, is_fast=False)
     return loss_N.sum(), dx_ND, dw_DV
 
 
 @_fp8_head_loss.register_fake
-def _(x_ND, w_DV, targets_N, positions_N, weights_K):
-    return x_ND.new_empty((), dtype=torch.float32), x_ND.new_empty(x_ND.shape), w_DV.new_empty(w_DV.shape)
+def _(x8_ND, w8_DV, targets_N, positions_N, weights_K, dtype):
+    dx_ND, dw_DV = (torch.empty_like(t, dtype=dtype) for t in (x8_ND, w8_DV))
+    return x8_ND.new_empty((), dtype=torch.float32), dx_ND, dw_DV
 
 
-def _fp8_head_loss_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
+class _Fp8HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, w_DV, *rows):
+        loss, *grads = _fp8_head_loss(*_eights(x_ND, w_DV), *rows, x_ND.dtype)
+        ctx.save_for_backward(*grads)
+        return loss
 
-
-def _fp8_head_loss_autograd(ctx, grad, *_):
-    dx_ND, dw_DV = ctx.saved_tensors
-    return dx_ND * grad, dw_DV * grad, None, None, None
-
-
-_fp8_head_loss.register_autograd(_fp8_head_loss_autograd, setup_context=_fp8_head_loss_setup)
+    @staticmethod
+    def backward(ctx, grad):
+        dx_ND, dw_DV = ctx.saved_tensors
+        return dx_ND * grad, dw_DV * grad, None, None, None
 
 
 def fp8_head_loss(
-    x_ND: Tensor,  # RMS-normalised; N, D and V multiples of 16 on a GPU
+    x_ND: Tensor,  # RMS-normalised; D and V multiples of 16 on a GPU
     w_DV: Tensor,  # stored transposed
     targets_N: Tensor,
     positions_N: Tensor,
@@ -1020,11 +981,11 @@ def fp8_head_loss(
     of the logits to e5m2. Values beyond the range saturate. On a CPU the rounding is emulated. A GPU without
     FP8 raises ValueError.
     """
-    return _fp8_head_loss(x_ND, w_DV, targets_N, positions_N, weights_K)[0]
+    return _Fp8HeadLoss.apply(x_ND, w_DV, targets_N, positions_N, weights_K)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. prepare_qkv: from the qkv product to what attention reads, in one pass
+# 10. prepare_qkv: from the qkv product to what attention reads, in one pass
 
 # Traffic: q, k or v of N = 49,152 tokens, 6 heads of 128, bf16: 75.5 MB. Forward reads three of these and
 # writes three: 453 MB, 105 us; a value embedding adds one: 528 MB, 123 us. Backward reads the three gradients
@@ -1032,6 +993,8 @@ def fp8_head_loss(
 # 176 us. The tables, and the rows that the key offset reads twice, come from the caches.
 QKV_ROWS, QKV_WARPS = 16, 8  # 16 bytes of a tensor a thread: with more, cos and sin cross shared memory
 QKV_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm takes up to float32
+# How the gradient of the product leaves backward: as it is, or in 8 bits, which saves 26 us and, later, 79.
+QKV_EXACT, QKV_E5M2 = ({"FACTOR": float(E5M2_GRAD_FACTOR), "LIMIT": limit} for limit in (0, 57344))
 
 
 def prepare_qkv_ref(
@@ -1109,6 +1072,13 @@ def _qkv_unit_backward(x, dy, EPS: tl.constexpr):
 
 
 @jit
+def _qkv_store_gradient(ptrs, x, inside, FACTOR: tl.constexpr, LIMIT: tl.constexpr):
+    if LIMIT:
+        x = _saturate(x.to(tl.float32) * FACTOR, LIMIT)
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
 def _prepare_qkv_kernel(
     qkv_ptr,  # (N, 3, H, K) contiguous
     cos_ptr, sin_ptr, pos_ptr, ve_ptr, gate_ptr,  # contiguous; the last two may be None
@@ -1146,10 +1116,10 @@ def _prepare_qkv_kernel(
 def _prepare_qkv_backward_kernel(
     qkv_ptr, cos_ptr, sin_ptr, pos_ptr, ve_ptr, gate_ptr,  # as forward's
     dq_ptr, dk_ptr, dv_ptr,  # (N, H, K) contiguous
-    dqkv_ptr, dve_ptr, dgate_ptr,  # like qkv, ve and gate
+    dqkv_ptr, dve_ptr, dgate_ptr,  # like qkv, ve and gate; dqkv in FP8 where LIMIT is given
     num_rows,
     H: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, IS_PAIRED: tl.constexpr, SHIFT: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, FACTOR: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Rotation transposed, then dx = (dy - u mean(dy u)) / rms(x) with u = x / rms(x); rows as forward's."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1174,15 +1144,15 @@ def _prepare_qkv_backward_kernel(
         dgate = (1.0 - gate) * tl.sum(dve * tl.load(ve_ptr + at).to(tl.float32), axis=1)
         tl.store(dve_ptr + at, dve.to(dve_ptr.dtype.element_ty), mask=inside[:, None])
         tl.store(dgate_ptr + rows, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
-    tl.store(dqkv_ptr + 2 * H * K + qkv_at, dv, mask=inside[:, None])
+    _qkv_store_gradient(dqkv_ptr + 2 * H * K + qkv_at, dv, inside, FACTOR, LIMIT)
     dq = _qkv_unit_backward(q, _qkv_rotate(dq, cos, -sin), EPS)
     dk = _qkv_unit_backward(k, _qkv_rotate(dk, cos, -sin), EPS)
-    tl.store(dqkv_ptr + qkv_at, dq.to(dqkv_ptr.dtype.element_ty), mask=inside[:, None])
-    tl.store(dqkv_ptr + H * K + qkv_at, dk.to(dqkv_ptr.dtype.element_ty), mask=inside[:, None])
+    _qkv_store_gradient(dqkv_ptr + qkv_at, dq, inside, FACTOR, LIMIT)
+    _qkv_store_gradient(dqkv_ptr + H * K + qkv_at, dk, inside, FACTOR, LIMIT)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. prepare_qkv: launchers and op
+# 11. prepare_qkv: launchers and op
 
 
 def _qkv_constants(heads: int, dim: int, is_paired: bool, has_offset: bool) -> dict[str, float | int]:
@@ -1191,10 +1161,10 @@ def _qkv_constants(heads: int, dim: int, is_paired: bool, has_offset: bool) -> d
     return {**sizes, "ROWS": QKV_ROWS, "num_warps": QKV_WARPS}
 
 
-def _launch_qkv(kernel, inputs, outputs, is_paired: bool, has_offset: bool) -> None:
+def _launch_qkv(kernel, inputs, outputs, is_paired: bool, has_offset: bool, **more: float) -> None:
     n, _, heads, dim = inputs[0].shape
     inputs = [x if x is None else x.contiguous() for x in inputs]
-    constants = _qkv_constants(heads, dim, is_paired, has_offset)
+    constants = _qkv_constants(heads, dim, is_paired, has_offset) | more
     kernel[(_cdiv(n * heads, QKV_ROWS),)](*inputs, *outputs, n * heads, **constants)
 
 
@@ -1203,10 +1173,12 @@ def _qkv_outputs(qkv_N3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(qkv_N3HK.new_empty(n, heads, dim) for _ in range(3))
 
 
-def _qkv_gradients(qkv_N3HK: Tensor, ve_NHK: Tensor | None, gate_NH: Tensor | None) -> tuple[Tensor, ...]:
+def _qkv_gradients(
+    qkv_N3HK: Tensor, ve_NHK: Tensor | None, gate_NH: Tensor | None, is_fp8: bool
+) -> tuple[Tensor, ...]:
     """Memory for gradients; an op cannot return None, so an empty tensor for what there is not."""
-    shapes = ((0,) if x is None else x.shape for x in (qkv_N3HK, ve_NHK, gate_NH))
-    return tuple(qkv_N3HK.new_empty(shape) for shape in shapes)
+    dve = (qkv_N3HK.new_empty((0,) if x is None else x.shape) for x in (ve_NHK, gate_NH))
+    return qkv_N3HK.new_empty(qkv_N3HK.shape, dtype=E5M2 if is_fp8 else None), *dve
 
 
 @torch.library.custom_op("splits::prepare_qkv", mutates_args=())
@@ -1226,16 +1198,19 @@ _prepare_qkv.register_fake(lambda qkv_N3HK, *_: _qkv_outputs(qkv_N3HK))
 def _prepare_qkv_backward(
     dq_NHK: Tensor, dk_NHK: Tensor, dv_NHK: Tensor, qkv_N3HK: Tensor, cos_LK: Tensor, sin_LK: Tensor,
     pos_N: Tensor, ve_NHK: Tensor | None, gate_NH: Tensor | None, is_paired: bool, has_offset: bool,
+    is_fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dqkv, dve, dgate); dqkv times E5M2_GRAD_FACTOR in e5m2, or as qkv."""
     inputs = qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, dq_NHK, dk_NHK, dv_NHK
-    outputs = _qkv_gradients(qkv_N3HK, ve_NHK, gate_NH)
-    _launch_qkv(_prepare_qkv_backward_kernel, inputs, outputs, is_paired, has_offset)
+    outputs = _qkv_gradients(qkv_N3HK, ve_NHK, gate_NH, is_fp8)
+    kernel, rounding = _prepare_qkv_backward_kernel, QKV_E5M2 if is_fp8 else QKV_EXACT
+    _launch_qkv(kernel, inputs, outputs, is_paired, has_offset, **rounding)
     return outputs
 
 
 @_prepare_qkv_backward.register_fake
-def _(dq_NHK, dk_NHK, dv_NHK, qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, *_):
-    return _qkv_gradients(qkv_N3HK, ve_NHK, gate_NH)
+def _(dq_NHK, dk_NHK, dv_NHK, qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, *flags):
+    return _qkv_gradients(qkv_N3HK, ve_NHK, gate_NH, flags[-1])
 
 
 def _prepare_qkv_setup(ctx, inputs, output):
@@ -1245,7 +1220,7 @@ def _prepare_qkv_setup(ctx, inputs, output):
 
 def _prepare_qkv_autograd(ctx, *grads_NHK):
     saved = ctx.saved_tensors
-    dqkv_N3HK, *dve = _prepare_qkv_backward(*grads_NHK, *saved, ctx.is_paired, ctx.has_offset)
+    dqkv_N3HK, *dve = _prepare_qkv_backward(*grads_NHK, *saved, ctx.is_paired, ctx.has_offset, False)
     return dqkv_N3HK, None, None, None, *((None, None) if saved[4] is None else dve), None, None
 
 
@@ -1271,8 +1246,44 @@ def prepare_qkv(
     return op(qkv_N3HK, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, is_paired, has_offset)
 
 
+def linear_qkv(x_ND: Tensor, w_CD: Tensor, cos_LK: Tensor, *where) -> tuple[Tensor, Tensor, Tensor]:
+    """prepare_qkv of x W^T, whose C columns are q, k, v of all heads; `where` from sin_LK on as there."""
+    return prepare_qkv(F.linear(x_ND, w_CD).view(-1, *_qkv_shape(w_CD, cos_LK)), cos_LK, *where)
+
+
+def _qkv_shape(w_CD: Tensor, cos_LK: Tensor) -> tuple[int, int, int]:
+    dim = 4 * cos_LK.shape[1]
+    return 3, w_CD.shape[0] // (3 * dim), dim
+
+
+class _Fp8LinearQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, w_CD, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, is_paired, has_offset):
+        x8_ND, w8_CD = _eights(x_ND, w_CD)
+        qkv_NC = _product8(x8_ND, w8_CD, LINEAR_FACTOR, True, x_ND.dtype)
+        kept = qkv_NC.view(-1, *_qkv_shape(w_CD, cos_LK)), cos_LK, sin_LK, pos_N, ve_NHK, gate_NH
+        ctx.save_for_backward(x8_ND, w8_CD, *kept)
+        ctx.flags = is_paired, has_offset
+        return _prepare_qkv(*kept, is_paired, has_offset)
+
+    @staticmethod
+    def backward(ctx, *grads_NHK):
+        x8_ND, w8_CD, *kept = ctx.saved_tensors
+        dqkv8_N3HK, *dve = _prepare_qkv_backward(*grads_NHK, *kept, *ctx.flags, True)
+        grads = _fp8_gradients(dqkv8_N3HK.flatten(1), x8_ND, w8_CD, grads_NHK[0].dtype)
+        return *grads, None, None, None, *((None, None) if kept[4] is None else dve), None, None
+
+
+def fp8_linear_qkv(x_ND: Tensor, w_CD: Tensor, cos_LK: Tensor, *where) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_qkv with its three products in FP8; shapes and ranges as fp8_linear's."""
+    if _use_kernels(x_ND):
+        return _Fp8LinearQkv.apply(x_ND, w_CD, cos_LK, *where)
+    qkv_NC = _Fp8Linear.apply(x_ND, w_CD, True)
+    return prepare_qkv_ref(qkv_NC.view(-1, *_qkv_shape(w_CD, cos_LK)), cos_LK, *where)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 13. attention: causal, inside documents, at most `window` positions back
+# 12. attention: causal, inside documents, at most `window` positions back
 
 
 def _with_previous(x_CQ: Tensor, fill: float) -> Tensor:
@@ -1316,7 +1327,7 @@ def attention_ref(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. attention on GPUs: FlashAttention-4 and -2 as opaque ops
+# 13. attention on GPUs: FlashAttention-4 and -2 as opaque ops
 
 # Traffic: q, k, v, y of (N, 6, 128) bf16 are 1.5 KB a token each. At 49,152 tokens: 302 MB forward, 70 us;
 # backward reads q, k, v, y, dy and writes dq, dk, dv: 604 MB, 140 us. Work forward: 4 * 6 * 128 FLOP for each
@@ -1417,7 +1428,7 @@ _attention_fa4 = _register_attention("fa4", _fa4_forward, _fa4_backward)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 15. attention: the choice of a backend
+# 14. attention: the choice of a backend
 
 ATTENTION_BACKENDS = ("fa4", "varlen", "reference")  # in the order of preference
 

@@ -233,28 +233,62 @@ def _scaled(a8: Tensor, b8_t: Tensor) -> Tensor:
     return torch._scaled_mm(a8, b8_t.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
+def _bf16_relu2(
+    a_NK: Tensor, w_FK: Tensor, post_NF: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What tk._fp8_relu2 makes, of a product in bf16."""
+    out_NF = a_NK @ w_FK.T
+    out8_NF = tk._eight(F.relu(out_NF).square() if post_NF is None else out_NF * post_NF.sqrt(), 1, dtype)
+    return out8_NF, out8_NF.view(torch.int8).T.contiguous()
+
+
 def _fp8_relu2_cases(n: int) -> list[Case]:
+    """The kernel alone; the baseline has its product in bf16, the library makes the product in FP8 alone."""
+    x, w1, w2 = (t.detach() for t in _relu2_inputs(n))
+    g = _randn(n, D, scale=0.01)
+    (x8, w1_8), w2_8, g8 = tk._eights(x, w1), tk._eight(w2, tk.E4M3_W_FACTOR), tk._e5m2_gradient(g)
+    post8, ref = tk._fp8_relu2(x8, w1_8)[0], _compiled(_bf16_relu2)
+    post, work = post8.bfloat16(), 2e-12 * n * D * HIDDEN
+
+    def error(*arguments: Tensor) -> float:
+        got, want = (f(*arguments) for f in (tk._fp8_relu2, tk.fp8_relu2_ref))
+        return _max_error(tuple(t.float() for t in got), tuple(t.float() for t in want))
+
+    few = slice(0, FEW)
+    parts = (
+        ("forward", (x8, w1_8), (x, w1, None, tk.E4M3), (x8[few], w1_8)),
+        ("backward", (g8, w2_8, post8), (g, w2, post, tk.E5M2), (g8[few], w2_8, post8[few])),
+    )
+    return [
+        Case(
+            part, f"{n}x{D}x{HIDDEN}", lambda ours=ours: tk._fp8_relu2(*ours),
+            lambda theirs=theirs: ref(*theirs), ("_scaled_mm", lambda ours=ours: _scaled(*ours[:2])), work,
+            "TFLOP", lambda these=these: error(*these), ours,
+        )
+        for part, ours, theirs, these in parts
+    ]  # fmt: skip
+
+
+def _fp8_linear_relu2_cases(n: int) -> list[Case]:
     """The op is compiled, as in training, so that one kernel rounds an operand. The baseline is the reference
-    in bf16, since the `_ref` emulates; the library, the products alone.
+    in bf16; the library, the products alone.
     """
     inputs = x, w1, w2 = _relu2_inputs(n)
     op, ref = _compiled(tk.fp8_linear_relu2), _compiled(tk.linear_relu2_ref)
-    x8_ND, w1_8_FD, w2_8_FD = (
-        tk._eight(t, f) for t, f in ((x, tk.E4M3_X_FACTOR), (w1, tk.E4M3_W_FACTOR), (w2, tk.E4M3_W_FACTOR))
-    )
-    w1_8_DF, w2_8_DF = w1_8_FD.T.contiguous(), w2_8_FD.T.contiguous()
-    post_NF, g_ND = _randn(n, HIDDEN).abs(), _randn(n, D, scale=0.01)
-    post8_NF, g8_ND, dpre8_NF = post_NF.to(tk.E4M3), tk._e5m2_gradient(g_ND), post_NF.to(tk.E5M2)
+    (x8_ND, w1_8_FD), w2_8_FD = tk._eights(x, w1), tk._eight(w2, tk.E4M3_W_FACTOR)
+    w1_8_DF, w2_8_DF, x8_DN = (t.T.contiguous() for t in (w1_8_FD, w2_8_FD, x8_ND))
+    post8_NF, g8_ND = tk._eight(_randn(n, HIDDEN).abs(), 1), tk._e5m2_gradient(_randn(n, D, scale=0.01))
+    post8_FN, g8_DN = post8_NF.T.contiguous(), g8_ND.T.contiguous()
+    dpre8_NF, dpre8_FN = post8_NF.to(tk.E5M2), post8_FN.to(tk.E5M2)
 
     def products() -> tuple[Tensor, ...]:
         return _scaled(x8_ND, w1_8_FD), _scaled(post8_NF, w2_8_DF)
 
-    @torch.no_grad()
     def all_products() -> tuple[Tensor, ...]:
         dx = _scaled(g8_ND, w2_8_FD), _scaled(dpre8_NF, w1_8_DF)
-        return *products(), *dx, post_NF.T @ x, post_NF.T @ g_ND
+        return *products(), *dx, _scaled(dpre8_FN, x8_DN), _scaled(post8_FN, g8_DN)
 
-    error = lambda: _relu2_error(tk.fp8_linear_relu2, tk.fp8_linear_relu2_ref, inputs)  # noqa: E731
+    error = lambda: _against_cpu(tk.fp8_linear_relu2, inputs)  # noqa: E731
     work = 2e-12 * n * D * HIDDEN
     return _training_cases(
         f"{n}x{D}x{HIDDEN}", op, ref, inputs, (2 * work, 6 * work), "TFLOP", error,
@@ -262,26 +296,65 @@ def _fp8_relu2_cases(n: int) -> list[Case]:
     )  # fmt: skip
 
 
+def _against_cpu(op: Callable, inputs: tuple[Tensor, ...]) -> float:
+    """Error of an FP8 op on few rows: on a CPU the same rounding is emulated."""
+    few = tuple(x[:FEW] if i == 0 else x for i, x in enumerate(inputs))
+    got, want = (_with_grads(op, _copies(few, *to)) for to in ((_device(),), ("cpu", torch.float32)))
+    return _max_error(tuple(t.cpu() for t in got), want)
+
+
 def _fp8_linear_cases(n: int) -> list[Case]:
-    """As for fp8_linear_relu2."""
-    inputs = x, w = _randn(n, D, grad=True), _randn(3 * D, D, scale=0.03, grad=True)
+    """As for fp8_linear_relu2, at the shape of the output projection."""
+    inputs = x, w = _randn(n, D, grad=True), _randn(D, D, scale=0.03, grad=True)
     op, ref = _compiled(tk.fp8_linear), _compiled(torch.nn.functional.linear)
-    x8_ND, w8_CD = tk._eight(x, tk.E4M3_X_FACTOR), tk._eight(w, tk.E4M3_W_FACTOR)
-    few, g_NC = (x[:FEW].detach().requires_grad_(), w), _randn(n, 3 * D, scale=0.01)
+    (x8_ND, w8_CD), g_NC = tk._eights(x, w), _randn(n, D, scale=0.01)
     g8_NC, w8_DC = tk._e5m2_gradient(g_NC), w8_CD.T.contiguous()
 
     @torch.no_grad()
     def products() -> tuple[Tensor, ...]:
         return _scaled(x8_ND, w8_CD), _scaled(g8_NC, w8_DC), g_NC.T @ x
 
-    def error() -> float:
-        return _max_error(
-            _with_grads(tk.fp8_linear, few), _with_grads(tk.fp8_linear_ref, _copies(few, torch.float32))
-        )
-
-    work = 6e-12 * n * D * D
+    work = 2e-12 * n * D * D
     return _training_cases(
-        f"{n}x{D}x{3 * D}", op, ref, inputs, (work, 3 * work), "TFLOP", error,
+        f"{n}x{D}x{D}", op, ref, inputs, (work, 3 * work), "TFLOP",
+        lambda: _against_cpu(tk.fp8_linear, inputs),
+        ("products", lambda: _scaled(x8_ND, w8_CD), products),
+    )  # fmt: skip
+
+
+def _fp8_linear_qkv_cases(n: int, slot_len: int) -> list[Case]:
+    """With key offset and value embedding; the baseline is the same in bf16, the library its products."""
+    angles = torch.rand(2 * slot_len, HEAD_DIM // 4, device=_device()) * 2 * math.pi
+    inputs = x, w, _, _ = (
+        _randn(n, D, grad=True), _randn(3 * D, D, scale=0.03, grad=True),
+        _randn(n, HEADS, HEAD_DIM, grad=True), _randn(n, HEADS, grad=True),
+    )  # fmt: skip
+    (x8_ND, w8_CD), g8_NC = tk._eights(x, w), tk._e5m2_gradient(_randn(n, 3 * D, scale=0.01))
+    w8_DC, g8_CN, x8_DN = (t.T.contiguous() for t in (w8_CD, g8_NC, x8_ND))
+
+    def bf16(x: Tensor, w: Tensor, *where: Tensor | bool) -> tuple[Tensor, ...]:
+        return tk.prepare_qkv_ref(F.linear(x, w).view(-1, 3, HEADS, HEAD_DIM), *where)
+
+    def bound(op: Callable, length: int) -> Callable[..., tuple[Tensor, ...]]:
+        def call(x: Tensor, w: Tensor, ve: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+            tables = (t.to(x.device, x.dtype) for t in (angles.cos(), angles.sin()))
+            positions_N = torch.arange(len(x), device=x.device, dtype=torch.int32) % length
+            return op(x, w, *tables, positions_N, ve, gate, False, True)
+
+        return call
+
+    def products() -> tuple[Tensor, ...]:
+        return _scaled(x8_ND, w8_CD), _scaled(g8_NC, w8_DC), _scaled(g8_CN, x8_DN)
+
+    def error() -> float:
+        few = x[:FEW], w, *(t[:FEW] for t in inputs[2:])
+        call = bound(tk.fp8_linear_qkv, FEW_SLOT)
+        got, want = (_with_grads(call, _copies(few, *to)) for to in ((_device(),), ("cpu", torch.float32)))
+        return _max_error(tuple(t.cpu() for t in got), want)
+
+    work, arms = 6e-12 * n * D * D, (bound(_compiled(op), slot_len) for op in (tk.fp8_linear_qkv, bf16))
+    return _training_cases(
+        f"{n} offset ve", *arms, inputs, (work, 3 * work), "TFLOP", error,
         ("products", lambda: _scaled(x8_ND, w8_CD), products),
     )  # fmt: skip
 
@@ -308,16 +381,12 @@ def _loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[Case]
     )  # fmt: skip
 
 
-def _quantize_cases(n: int) -> list[Case]:
-    g, ref = _randn(n, V, scale=1e-3), _compiled(tk.quantize_ref)
-
-    def error() -> float:
-        got, want = (f(g[:FEW], 1e-4, tk.E5M2) for f in (tk._quantize, tk.quantize_ref))
-        return _max_error(tuple(t.float() for t in got), tuple(t.float() for t in want))
-
-    calls = (lambda: tk._quantize(g, 1e-4, tk.E5M2), lambda: ref(g, 1e-4, tk.E5M2))
-    library = ("cast, 1 layout", lambda: g.to(tk.E5M2))
-    return [Case("e5m2", f"{n}x{V}", *calls, library, 4e-12 * n * V, "TB", error, (g,))]
+def _columns_cases(n: int, c: int) -> list[Case]:
+    x8 = _randn(n, c).to(tk.E5M2)
+    ref = _compiled(lambda x: x.T.contiguous())
+    calls = (lambda: tk._columns8(x8), lambda: ref(x8.view(torch.int8)))
+    error = lambda: _max_error(tk._columns8(x8)[:, :n].float(), x8.T.float())  # noqa: E731
+    return [Case("", f"{n}x{c}", *calls, ("clone", lambda: x8.clone()), 2e-12 * n * c, "TB", error, (x8,))]
 
 
 def _scaled_mm(n: int) -> tuple[str, Callable[[], object]]:
@@ -354,8 +423,8 @@ def _head_loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[
         targets_N, positions_N, weights_K = _targets(FEW, FEW_SLOT, FEW_WEIGHTS)
         limits = targets_N % columns, positions_N, weights_K
         got = _with_grads(lambda x, w: tk.fp8_head_loss(x, w, *limits), few)
-        on_cpu = (x.detach().cpu() for x in (*few, *limits))
-        return _max_error(tuple(x.cpu() for x in got), tk.fp8_head_loss_ref(*on_cpu))
+        eights = (t.cpu() for t in (*tk._eights(*few), *limits))
+        return _max_error(tuple(x.cpu() for x in got), tk.fp8_head_loss_ref(*eights, torch.bfloat16))
 
     calls = (
         _with_backward(lambda x, w: tk.fp8_head_loss(x, w, *targets), inputs),
@@ -475,10 +544,12 @@ FAMILIES = (
     Family("xxt", _xxt_cases, lambda stage: [*BANKS, *TALL]),
     Family("ba_plus_caa", _ba_cases, lambda stage: list(BANKS)),
     Family("linear_relu2", _relu2_cases, lambda stage: [(stage.rows,)]),
-    Family("fp8_linear_relu2", _fp8_relu2_cases, lambda stage: [(stage.rows,)] * _has_fp8()),
+    Family("fp8_relu2", _fp8_relu2_cases, lambda stage: [(stage.rows,)] * _has_fp8()),
+    Family("fp8_linear_relu2", _fp8_linear_relu2_cases, lambda stage: [(stage.rows,)] * _has_fp8()),
     Family("fp8_linear", _fp8_linear_cases, lambda stage: [(stage.rows,)] * _has_fp8()),
+    Family("fp8_linear_qkv", _fp8_linear_qkv_cases, lambda s: [(s.rows, s.slot_len)] * _has_fp8()),
     Family("softcapped_cross_entropy", _loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)]),
-    Family("quantize", _quantize_cases, lambda stage: [(stage.rows,)]),
+    Family("columns8", _columns_cases, lambda stage: [(stage.rows, c) for c in (D, HIDDEN, V)]),
     Family("fp8_head_loss", _head_loss_cases, lambda s: [(s.rows, s.slot_len, s.weights)] * _has_fp8()),
     Family("transpose_add", _transpose_add_cases, lambda stage: [()]),
     Family("transpose_copy", _transpose_copy_cases, lambda stage: [()]),

@@ -35,7 +35,7 @@ TOP_KERNELS = 25
 # 1. rules -----------------------------------------------------------------------------------------------
 OPTIMIZER, COMMUNICATION, OTHER, GAPS = "optimizer", "communication", "other", "host gaps"
 PRODUCTS, ENTROPY, COPIES = "matrix products", "cross-entropy", "copies and fills"
-ELEMENTWISE, EMBEDDING = "elementwise, reductions", "embeddings"
+ELEMENTWISE, EMBEDDING, TRANSPOSES = "elementwise, reductions", "embeddings", "transposes"
 # The first rule that is found in the name of a kernel or CPU operator names its row.
 RULES = (
     (COMMUNICATION, r"nccl|^c10d::|gloo|param_comms"),
@@ -48,14 +48,17 @@ RULES = (
     (ELEMENTWISE, r"^triton_(poi|red|per|for)_"),
     ("attention", r"(?i)flash|fmha|attention|_attn"),
     (ENTROPY, r"_ce_(forward|backward)|cross_entropy|nll_loss|log_?softmax|logsumexp"),
-    ("FP8 quantise, transposes", r"_quantize|_transpose_|^splits::transpose"),
+    (TRANSPOSES, r"_transpose_|^splits::(transpose|columns8)"),
     # The FP8 head makes its loss as well, but on a CPU its operator cannot be told apart.
-    (PRODUCTS, r"_relu2_kernel|_symmetric_kernel|^splits::(fp8_\w+|linear_relu2\w*|xxt|ba_plus_caa)"),
+    (
+        PRODUCTS,
+        r"_relu2_kernel|_symmetric_kernel|^splits::(fp8_\w+|product8|linear_relu2\w*|xxt|ba_plus_caa)",
+    ),
     (PRODUCTS, r"(?i)gemm|gemv|nvjet|cutlass|xmma|cublas|splitK|^triton_(tem|mm)"),
     (PRODUCTS, r"^aten::(mm|bmm|addmm|baddbmm|dot|mv|_scaled_mm)$"),
     (ELEMENTWISE, r"elementwise|reduce_kernel|CatArray|softmax|norm|prepare_qkv|cub::|^aten::|^detach"),
 )
-ROWS = (PRODUCTS, "attention", ENTROPY, "FP8 quantise, transposes", ELEMENTWISE, EMBEDDING, OPTIMIZER)
+ROWS = (PRODUCTS, "attention", ENTROPY, TRANSPOSES, ELEMENTWISE, EMBEDDING, OPTIMIZER)
 ROWS += (OTHER, COMMUNICATION, COPIES, GAPS)  # who comes first gets an instant that several rows claim
 
 
@@ -216,8 +219,8 @@ def flops_per_token(cfg) -> tuple[float, float]:
         "qkv": 3 * attending * r.model_dim**2, "out": attending * r.model_dim**2,
         "mlp": 2 * len(r.layers) * r.model_dim * r.hidden_dim, "head": r.model_dim * cfg.padded_vocab,
     }  # fmt: skip
-    # Of the layers' three products, that of the weight's gradient is never in FP8.
-    eight = sum((6.0 if name == "head" else 4.0) * weights[name] for name in cfg.fp8)
+    # All three products of each, but that of the output projection's gradient.
+    eight = sum((4.0 if name == "out" else 6.0) * weights[name] for name in cfg.fp8)
     return 6.0 * sum(weights.values()), eight
 
 

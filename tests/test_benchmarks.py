@@ -25,8 +25,9 @@ COMMAND = ROOT / "benchmarks" / "kernels.py"
 KERNELS = ROOT / "triton_kernels.py"
 # Upper-case names of triton_kernels.py that no autotuning may touch.
 NOT_CONFIGS = {"SOFTCAP_A", "SOFTCAP_B", "SOFTCAP_C", "NUM_TARGETS", "E4M3", "E5M2", "ATTENTION_BACKENDS"}
-NOT_CONFIGS |= {"HEAD_X_SCALE", "HEAD_W_SCALE", "HEAD_GRAD_SCALE", "QKV_EPS"}
+NOT_CONFIGS |= {"QKV_EPS", "QKV_EXACT", "QKV_E5M2", "LINEAR_FACTOR", "DX_FACTOR", "DW_FACTOR"}
 NOT_CONFIGS |= {"E4M3_X_FACTOR", "E4M3_W_FACTOR", "E4M3_POST_FACTOR", "E5M2_GRAD_FACTOR"}
+NOT_CONFIGS |= {"E5M2_LOGITS_FACTOR", "HEAD_DX_FACTOR", "HEAD_DW_FACTOR"}
 
 
 bench = load_program(COMMAND)
@@ -61,7 +62,7 @@ def toy(monkeypatch):
 def test_every_public_op_with_a_reference_is_a_family():
     names = {name.removesuffix("_ref") for name in vars(tk) if name.endswith("_ref") and name[0] != "_"}
     ops = {name for name in names if hasattr(tk, name) or hasattr(tk, f"_{name}")}
-    assert {"xxt", "linear_relu2", "attention", "quantize"} <= ops
+    assert {"xxt", "linear_relu2", "attention", "fp8_relu2"} <= ops
     assert ops <= set(OPS), f"ops without a row in FAMILIES: {ops - set(OPS)}"
     assert len(set(OPS)) == len(OPS), "an op in two families"
 
@@ -158,12 +159,12 @@ def test_every_family_runs_through_the_references(toy, monkeypatch, op):
 
 def test_shapes_that_stages_share_are_timed_once_and_refs_at_the_first(toy):
     stages = toy, toy._replace(rows=64), toy._replace(rows=64, slot_len=32)
-    rows = list(bench.bench(stages, "^(xxt|quantize)$", cache_bytes=1 << 40))
+    rows = list(bench.bench(stages, "^(xxt|columns8)$", cache_bytes=1 << 40))
     assert [(row.kernel, row.shape) for row in rows] == [
         ("xxt", "2x16x24"), ("xxt", "3x16x16"), ("xxt", "2x24x16 view"),
-        ("quantize e5m2", "48x80"), ("quantize e5m2", "64x80"),
+        *(("columns8", f"{n}x{c}") for n in (48, 64) for c in (32, 48, 80)),
     ]  # fmt: skip
-    assert [row.vs_ref is not None for row in rows] == [True, True, True, True, False]
+    assert [row.vs_ref is not None for row in rows] == 6 * [True] + 3 * [False]
     assert all(row.vs_library for row in rows)
     assert all(row.is_cached for row in rows)
 
