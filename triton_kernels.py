@@ -64,8 +64,8 @@ def _use_kernels(x: Tensor) -> bool:
 
 
 def _use_matmul_kernels(x: Tensor) -> bool:
-    # Tiles are sized for 2-byte operands: float32 ones would need twice the shared memory that an SM has.
-    return _FORCE_KERNELS or (triton is not None and x.is_cuda and x.element_size() == 2)
+    # Tiles are sized for operands of 2 bytes or 1: float32 ones would need twice the shared memory that an SM has.
+    return _FORCE_KERNELS or (triton is not None and x.is_cuda and x.element_size() <= 2)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
