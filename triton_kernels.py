@@ -64,7 +64,7 @@ def _use_kernels(x: Tensor) -> bool:
 
 
 def _use_matmul_kernels(x: Tensor) -> bool:
-    # Tiles are sized for operands of 2 bytes or 1: float32 ones would need twice the shared memory that an SM has.
+    # Tiles are sized for operands of 2 bytes or 1: float32 ones would need twice the shared memory of an SM.
     return _FORCE_KERNELS or (triton is not None and x.is_cuda and x.element_size() <= 2)
 
 

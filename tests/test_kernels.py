@@ -9,6 +9,7 @@ the same dtype, plus a tiny absolute amount.
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,15 @@ def test_fp8_ops_are_registered_properly(rows):
         (tk._fp8_head_loss, (*tk._eights(*inputs), *rest, torch.float32)),
     ):
         torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(("size", "is_used"), [(1, True), (2, True), (4, False), (8, False)])
+def test_matrices_of_one_and_two_bytes_go_to_the_kernels(monkeypatch, size, is_used):
+    """Those of one went to the emulation once, which no test of values can notice."""
+    monkeypatch.setattr(tk, "_has_tma", lambda device: True)
+    monkeypatch.setattr(tk, "triton", tk.triton or object())
+    x = types.SimpleNamespace(is_cuda=True, element_size=lambda: size, device="cuda")
+    assert tk._use_tma(x, torch.empty(48, 32), size) == is_used
 
 
 def test_fp8_factors_are_whole_powers_of_two():
@@ -1290,9 +1300,10 @@ GPU_FP8_ERRORS = 1e-2, 2e-2, 2e-2, 1e-2  # of the norm: y, dx, dw1, dw2
 
 @gpu
 @pytest.mark.parametrize("shape", [(16384, 768, 3072), (1000, 768, 3072)], ids=str)
-def test_gpu_fp8_linear_relu2(shape):
-    if not tk._use_tma(on_gpu(1, 768), on_gpu(3072, 768), 1):
-        pytest.skip("the kernel needs compute capability 9 or 10")
+def test_gpu_fp8_linear_relu2(shape, monkeypatch):
+    if tk.tma_problem(torch.device("cuda")):
+        pytest.skip(tk.tma_problem(torch.device("cuda")))
+    monkeypatch.delattr(tk, "fp8_relu2_ref")  # the emulation agrees too, in ten times the time
     inputs, dy = relu2_inputs(*shape, torch.bfloat16, "cuda")
     emulated = relu2_by_hand(*inputs, dy)
     for _, op in each_way(tk.fp8_linear_relu2):
