@@ -38,8 +38,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# Fragmentation costs gigabytes at these shapes; the allocator reads the variable when torch is imported.
+# Read when torch is imported. Fragmentation costs gigabytes here, FP8 products not cached 16 s of a start.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Layer:
     """One row of the layer table; `forward` reads it and knows no layer numbers."""
 
     attn: str | None = "plain"  # "plain", "paired" (two heads attend to each other's keys) or None
-    window: str = "short"
+    window: str = "short"  # a field of Knobs
     key_offset: bool = False  # half of the key dims come from the previous token
     value_embed: int | None = None  # which value-embedding table is added to the values
     save_as: str | None = None  # the residual stream after this layer is kept under this name
@@ -777,14 +778,13 @@ class GPT(nn.Module):
         H, K, paired = r.num_heads, r.head_dim, layer.attn == "paired"
         eight, gate_in = self.cfg.fp8 if self.training else (), x_ND[:, :GATE_DIM].contiguous()
         ve = (w["ve"].view(-1, H, K), F.linear(gate_in, w["ve_gate"])) if "ve" in w else (None, None)
-        tables, qkv = (self.cos, self.sin), kernels.fp8_linear_qkv if "qkv" in eight else kernels.linear_qkv
-        heads = qkv(x_ND, w["qkv"], *tables, positions_N, *ve, paired, layer.key_offset)
+        qkv = kernels.fp8_linear_qkv if "qkv" in eight else kernels.linear_qkv
+        heads = qkv(x_ND, w["qkv"], self.cos, self.sin, positions_N, *ve, paired, layer.key_offset)
         if paired:
             # As they lie in memory, halves of the H heads are rows 2t and 2t+1 of a sequence twice as long.
             heads = [z.view(-1, H // 2, K) for z in heads]
             cu_seqlens, max_seq_len = 2 * cu_seqlens, 2 * max_seq_len
-        window = knobs.long if layer.window == "long" else knobs.short
-        limits = cu_seqlens, max_seq_len, window, knobs.scale, r.max_window
+        limits = cu_seqlens, max_seq_len, getattr(knobs, layer.window), knobs.scale, r.max_window
         y_NHK = kernels.attention(*heads, *limits, self.cfg.attention).view(-1, H, K)
         y_NHK = y_NHK * torch.sigmoid(F.linear(gate_in, w["attn_gate"])).unsqueeze(-1)
         return (kernels.fp8_linear if "out" in eight else F.linear)(y_NHK.flatten(1), w["out"])

@@ -589,26 +589,6 @@ def test_linear_qkv_is_the_composition(flags, has_ve):
         assert relative_error(g, e) < 1e-3  # a sum in float32 may round to a neighbour in 8 bits
 
 
-def check_compiled_linear_qkv() -> None:
-    """One graph for any number of rows, values and gradients as in eager mode."""
-
-    def model(cos, sin, pos, x, w, *rest):
-        return torch.stack(tk.fp8_linear_qkv(x, w, cos, sin, pos, *(rest or (None, None)), True, True))
-
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for has_ve in (True, False):
-        for rows, stance in ((7, "default"), (9, "fail_on_recompile")):
-            inputs, tables, dy = linear_qkv_inputs([16, rows], has_ve=has_ve)
-            with torch.compiler.set_stance(stance):
-                got = with_grads(lambda *x, t=tables: compiled(*t, *x), inputs, dy)
-            want = with_grads(lambda *x, t=tables: model(*t, *x), inputs, dy)
-            assert all(torch.equal(g, e) for g, e in zip(got, want, strict=True))
-
-
-def test_fp8_linear_qkv_compiles_for_any_number_of_rows():
-    check_compiled_linear_qkv()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 5. attention
 
@@ -815,6 +795,34 @@ def check_any_number_of_rows(op, tolerance: float) -> None:
 @pytest.mark.parametrize("op", [tk.linear_relu2, tk.fp8_linear_relu2, tk.fp8_linear])
 def test_linear_products_compile_for_any_number_of_rows(op):
     check_any_number_of_rows(op, 1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_fp8_products_are_cached_and_never_stale(monkeypatch):
+    """A second start finds the graphs that the first one made; after a change in backward it does not."""
+    import torch._functorch.config
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    (x, w), dy = linear_inputs(32, 64, 48)
+
+    def start() -> tuple[int, tuple[torch.Tensor, ...]]:
+        torch._dynamo.reset()
+        counters.clear()
+        got = with_grads(torch.compile(tk.fp8_linear, fullgraph=True), (x, w), dy)
+        return counters["aot_autograd"]["autograd_cache_hit"], got
+
+    with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True), fresh_cache():
+        (first, want), (second, again) = start(), start()
+        assert (first, second) == (0, 1)
+        assert all(torch.equal(g, e) for g, e in zip(again, want, strict=True))
+        monkeypatch.setattr(tk, "DX_FACTOR", 2 * tk.DX_FACTOR)
+        third, (y, dx, dw) = start()
+        assert third == 0
+        assert torch.equal(dx, want[1] / 2)
+        assert torch.equal(y, want[0])
+        assert torch.equal(dw, want[2])
+    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1129,7 +1137,19 @@ def test_interpreted_case_fp8_linear_qkv_saturates(forced_kernels):
 
 @interpreted
 def test_interpreted_case_fp8_linear_qkv_inside_a_compiled_function(forced_kernels):
-    check_compiled_linear_qkv()
+    """One graph for any number of rows, values and gradients as in eager mode."""
+
+    def model(cos, sin, pos, x, w, *rest):
+        return torch.stack(tk.fp8_linear_qkv(x, w, cos, sin, pos, *(rest or (None, None)), True, True))
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for has_ve in (True, False):
+        for rows, stance in ((7, "default"), (9, "fail_on_recompile")):
+            inputs, tables, dy = linear_qkv_inputs([16, rows], has_ve=has_ve)
+            with torch.compiler.set_stance(stance):
+                got = with_grads(lambda *x, t=tables: compiled(*t, *x), inputs, dy)
+            want = with_grads(lambda *x, t=tables: model(*t, *x), inputs, dy)
+            assert all(torch.equal(g, e) for g, e in zip(got, want, strict=True))
 
 
 @interpreted

@@ -143,7 +143,7 @@ def test_the_environment_is_read_in_one_place(name):
         line for where, n in functions(tree) if where in allowed for line in range(n.lineno, n.end_lineno + 1)
     }
     if name == "train_gpt":
-        inside.add(allocator_line(tree))
+        inside.update(lines_before_torch(tree))
     reads = [
         n.lineno
         for n in ast.walk(tree)
@@ -154,15 +154,17 @@ def test_the_environment_is_read_in_one_place(name):
     assert not reads, f"the environment is read in lines {reads}"
 
 
-def allocator_line(tree: ast.Module) -> int:
-    """The line that sets the allocator's variable, which must come before torch is imported."""
-    (line,) = (
-        n.lineno for n in tree.body if isinstance(n, ast.Expr) and "PYTORCH_ALLOC_CONF" in ast.unparse(n)
-    )
+READ_AT_IMPORT = "PYTORCH_ALLOC_CONF", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"
+
+
+def lines_before_torch(tree: ast.Module) -> list[int]:
+    """The lines that set variables which torch reads when it is imported."""
+    settings = [n for n in tree.body if isinstance(n, ast.Expr) and "os.environ" in ast.unparse(n)]
+    assert [n.value.args[0].value for n in settings] == list(READ_AT_IMPORT)
     imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     torch_line = min(n.lineno for n in imports if re.search(r"\b(torch|triton_kernels)\b", ast.unparse(n)))
-    assert line < torch_line, "torch reads the variable when it is imported"
-    return line
+    assert all(n.lineno < torch_line for n in settings), "torch reads these variables when it is imported"
+    return [n.lineno for n in settings]
 
 
 def test_the_loop_has_one_clock():
