@@ -52,7 +52,7 @@ from torch import Tensor, nn
 import triton_kernels as kernels
 
 # 1. config: every number of the recipes -----------------------------------------------------------------
-GATE_DIM = 12  # gates read this many channels of their input
+GATE_DIM = 12  # gates read this many channels of their input; `attend` copies them: for a view all is written
 BANK_MULTIPLE = 8  # matrices of a bank are padded to a multiple of this, so that 8 ranks share them evenly
 VOCAB_MULTIPLE = 128  # padded vocabulary rows take part in the softmax and are never masked
 ADAM_WIDTH, STEPS_AHEAD = 1024, 4  # columns of Adam's views of a parameter; steps packed before their turn

@@ -523,17 +523,17 @@ class _Fp8LinearRelu2(torch.autograd.Function):
         post8_NF, post8_FN = _fp8_relu2(x8_ND, w1_8_FD)
         ctx.save_for_backward(x8_ND, w1_8_FD, w2_8_FD, post8_NF, post8_FN)
         w2_8_DF, factor = w2_8_FD.T.contiguous(), E4M3_POST_FACTOR * E4M3_W_FACTOR
-        return _product8(post8_NF, w2_8_DF, factor, True, x_ND.dtype)
+        return _product8(post8_NF, w2_8_DF, factor, is_fast=True, dtype=x_ND.dtype)
 
     @staticmethod
     def backward(ctx, g_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x8_ND, w1_8_FD, w2_8_FD, post8_NF, post8_FN = ctx.saved_tensors
         g8_ND, dtype = _e5m2_gradient(g_ND), g_ND.dtype
         dpre8_NF, dpre8_FN = _fp8_relu2(g8_ND, w2_8_FD, post8_NF)
-        dx_ND = _product8(dpre8_NF, w1_8_FD.T.contiguous(), DX_FACTOR, True, dtype)
-        dw1_FD = _product8(dpre8_FN, _columns8(x8_ND), DW_FACTOR, False, dtype)
-        factor = E4M3_POST_FACTOR * E5M2_GRAD_FACTOR
-        return dx_ND, dw1_FD, _product8(post8_FN, _columns8(g8_ND), factor, False, dtype)
+        factor, exact = E4M3_POST_FACTOR * E5M2_GRAD_FACTOR, {"is_fast": False, "dtype": dtype}
+        dw1_FD = _product8(dpre8_FN, _columns8(x8_ND), DW_FACTOR, **exact)
+        dw2_FD = _product8(post8_FN, _columns8(g8_ND), factor, **exact)
+        return _fp8_dx(dpre8_NF, w1_8_FD, dtype), dw1_FD, dw2_FD
 
 
 def linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
@@ -565,23 +565,25 @@ def fp8_linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, w_CD: Tensor, is_all: bool) -> Tensor:
+    def forward(ctx, x_ND: Tensor, w_CD: Tensor, has_dw8: bool) -> Tensor:  # dw in FP8 too
         x8_ND, w8_CD = _eights(x_ND, w_CD)
-        ctx.save_for_backward(x8_ND if is_all else x_ND, w8_CD)
-        ctx.is_all = is_all
-        return _product8(x8_ND, w8_CD, LINEAR_FACTOR, True, x_ND.dtype)
+        ctx.save_for_backward(x8_ND if has_dw8 else x_ND, w8_CD)
+        ctx.has_dw8 = has_dw8
+        return _product8(x8_ND, w8_CD, LINEAR_FACTOR, is_fast=True, dtype=x_ND.dtype)
 
     @staticmethod
     def backward(ctx, g_NC: Tensor) -> tuple[Tensor, Tensor, None]:
         (x_ND, w8_CD), g8_NC = ctx.saved_tensors, _e5m2_gradient(g_NC)
-        if ctx.is_all:
-            return *_fp8_gradients(g8_NC, x_ND, w8_CD, g_NC.dtype), None
-        return _product8(g8_NC, w8_CD.T.contiguous(), DX_FACTOR, True, g_NC.dtype), g_NC.T @ x_ND, None
+        dw_CD = _fp8_dw(g8_NC, x_ND, g_NC.dtype) if ctx.has_dw8 else g_NC.T @ x_ND
+        return _fp8_dx(g8_NC, w8_CD, g_NC.dtype), dw_CD, None
 
 
-def _fp8_gradients(g8_NC: Tensor, x8_ND: Tensor, w8_CD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dx_ND = _product8(g8_NC, w8_CD.T.contiguous(), DX_FACTOR, True, dtype)
-    return dx_ND, _product8(_columns8(g8_NC), _columns8(x8_ND), DW_FACTOR, False, dtype)
+def _fp8_dx(g8_NC: Tensor, w8_CD: Tensor, dtype: torch.dtype) -> Tensor:
+    return _product8(g8_NC, w8_CD.T.contiguous(), DX_FACTOR, is_fast=True, dtype=dtype)
+
+
+def _fp8_dw(g8_NC: Tensor, x8_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    return _product8(_columns8(g8_NC), _columns8(x8_ND), DW_FACTOR, is_fast=False, dtype=dtype)
 
 
 def fp8_linear(x_ND: Tensor, w_CD: Tensor) -> Tensor:
@@ -590,7 +592,7 @@ def fp8_linear(x_ND: Tensor, w_CD: Tensor) -> Tensor:
     C and D are multiples of 16. The weight's gradient is a product of unrounded tensors: at C = D = 768 two
     transposes cost more than FP8 saves.
     """
-    return _Fp8Linear.apply(x_ND, w_CD, False)
+    return _Fp8Linear.apply(x_ND, w_CD, False)  # has_dw8
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -971,15 +973,11 @@ class _Fp8HeadLoss(torch.autograd.Function):
 
 
 def fp8_head_loss(
-    x_ND: Tensor,  # RMS-normalised; D and V multiples of 16 on a GPU
-    w_DV: Tensor,  # stored transposed
-    targets_N: Tensor,
-    positions_N: Tensor,
-    weights_K: Tensor,
+    x_ND: Tensor, w_DV: Tensor, targets_N: Tensor, positions_N: Tensor, weights_K: Tensor
 ) -> Tensor:
-    """The sum of softcapped_cross_entropy(x W), arguments as there; x and W rounded to e4m3, and the gradient
-    of the logits to e5m2. Values beyond the range saturate. On a CPU the rounding is emulated. A GPU without
-    FP8 raises ValueError.
+    """The sum of softcapped_cross_entropy(x W), arguments as there; x, RMS-normalised, and W rounded to e4m3,
+    the gradient of the logits to e5m2. Values beyond the range saturate. On a GPU D and V are multiples of
+    16, and one without FP8 raises ValueError; on a CPU the rounding is emulated.
     """
     return _Fp8HeadLoss.apply(x_ND, w_DV, targets_N, positions_N, weights_K)
 
@@ -993,8 +991,9 @@ def fp8_head_loss(
 # 176 us. The tables, and the rows that the key offset reads twice, come from the caches.
 QKV_ROWS, QKV_WARPS = 16, 8  # 16 bytes of a tensor a thread: with more, cos and sin cross shared memory
 QKV_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm takes up to float32
-# How the gradient of the product leaves backward: as it is, or in 8 bits, which saves 26 us and, later, 79.
-QKV_EXACT, QKV_E5M2 = ({"FACTOR": float(E5M2_GRAD_FACTOR), "LIMIT": limit} for limit in (0, 57344))
+# How the product's gradient leaves backward: as it is, or in 8 bits: 147 us, not 171, and no pass of 112.
+QKV_EXACT = {"FACTOR": 1.0, "LIMIT": 0}
+QKV_E5M2 = {"FACTOR": float(E5M2_GRAD_FACTOR), "LIMIT": int(torch.finfo(E5M2).max)}
 
 
 def prepare_qkv_ref(
@@ -1260,7 +1259,7 @@ class _Fp8LinearQkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, w_CD, cos_LK, sin_LK, pos_N, ve_NHK, gate_NH, is_paired, has_offset):
         x8_ND, w8_CD = _eights(x_ND, w_CD)
-        qkv_NC = _product8(x8_ND, w8_CD, LINEAR_FACTOR, True, x_ND.dtype)
+        qkv_NC = _product8(x8_ND, w8_CD, LINEAR_FACTOR, is_fast=True, dtype=x_ND.dtype)
         kept = qkv_NC.view(-1, *_qkv_shape(w_CD, cos_LK)), cos_LK, sin_LK, pos_N, ve_NHK, gate_NH
         ctx.save_for_backward(x8_ND, w8_CD, *kept)
         ctx.flags = is_paired, has_offset
@@ -1270,15 +1269,16 @@ class _Fp8LinearQkv(torch.autograd.Function):
     def backward(ctx, *grads_NHK):
         x8_ND, w8_CD, *kept = ctx.saved_tensors
         dqkv8_N3HK, *dve = _prepare_qkv_backward(*grads_NHK, *kept, *ctx.flags, True)
-        grads = _fp8_gradients(dqkv8_N3HK.flatten(1), x8_ND, w8_CD, grads_NHK[0].dtype)
-        return *grads, None, None, None, *((None, None) if kept[4] is None else dve), None, None
+        g8_NC, dtype = dqkv8_N3HK.flatten(1), grads_NHK[0].dtype
+        dx_ND, dw_CD = _fp8_dx(g8_NC, w8_CD, dtype), _fp8_dw(g8_NC, x8_ND, dtype)
+        return dx_ND, dw_CD, None, None, None, *((None, None) if kept[4] is None else dve), None, None
 
 
 def fp8_linear_qkv(x_ND: Tensor, w_CD: Tensor, cos_LK: Tensor, *where) -> tuple[Tensor, Tensor, Tensor]:
     """linear_qkv with its three products in FP8; shapes and ranges as fp8_linear's."""
     if _use_kernels(x_ND):
         return _Fp8LinearQkv.apply(x_ND, w_CD, cos_LK, *where)
-    qkv_NC = _Fp8Linear.apply(x_ND, w_CD, True)
+    qkv_NC = _Fp8Linear.apply(x_ND, w_CD, True)  # has_dw8
     return prepare_qkv_ref(qkv_NC.view(-1, *_qkv_shape(w_CD, cos_LK)), cos_LK, *where)
 
 

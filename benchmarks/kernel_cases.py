@@ -288,7 +288,7 @@ def _fp8_linear_relu2_cases(n: int) -> list[Case]:
         dx = _scaled(g8_ND, w2_8_FD), _scaled(dpre8_NF, w1_8_DF)
         return *products(), *dx, _scaled(dpre8_FN, x8_DN), _scaled(post8_FN, g8_DN)
 
-    error = lambda: _against_cpu(tk.fp8_linear_relu2, inputs)  # noqa: E731
+    error = lambda: _against_cpu(tk.fp8_linear_relu2, (x[:FEW], w1, w2))  # noqa: E731
     work = 2e-12 * n * D * HIDDEN
     return _training_cases(
         f"{n}x{D}x{HIDDEN}", op, ref, inputs, (2 * work, 6 * work), "TFLOP", error,
@@ -296,9 +296,8 @@ def _fp8_linear_relu2_cases(n: int) -> list[Case]:
     )  # fmt: skip
 
 
-def _against_cpu(op: Callable, inputs: tuple[Tensor, ...]) -> float:
-    """Error of an FP8 op on few rows: on a CPU the same rounding is emulated."""
-    few = tuple(x[:FEW] if i == 0 else x for i, x in enumerate(inputs))
+def _against_cpu(op: Callable, few: tuple[Tensor, ...]) -> float:
+    """Error of an FP8 op on inputs of few rows: on a CPU the same rounding is emulated."""
     got, want = (_with_grads(op, _copies(few, *to)) for to in ((_device(),), ("cpu", torch.float32)))
     return _max_error(tuple(t.cpu() for t in got), want)
 
@@ -317,7 +316,7 @@ def _fp8_linear_cases(n: int) -> list[Case]:
     work = 2e-12 * n * D * D
     return _training_cases(
         f"{n}x{D}x{D}", op, ref, inputs, (work, 3 * work), "TFLOP",
-        lambda: _against_cpu(tk.fp8_linear, inputs),
+        lambda: _against_cpu(tk.fp8_linear, (x[:FEW], w)),
         ("products", lambda: _scaled(x8_ND, w8_CD), products),
     )  # fmt: skip
 
@@ -348,9 +347,7 @@ def _fp8_linear_qkv_cases(n: int, slot_len: int) -> list[Case]:
 
     def error() -> float:
         few = x[:FEW], w, *(t[:FEW] for t in inputs[2:])
-        call = bound(tk.fp8_linear_qkv, FEW_SLOT)
-        got, want = (_with_grads(call, _copies(few, *to)) for to in ((_device(),), ("cpu", torch.float32)))
-        return _max_error(tuple(t.cpu() for t in got), want)
+        return _against_cpu(bound(tk.fp8_linear_qkv, FEW_SLOT), few)
 
     work, arms = 6e-12 * n * D * D, (bound(_compiled(op), slot_len) for op in (tk.fp8_linear_qkv, bf16))
     return _training_cases(
@@ -415,7 +412,7 @@ def _head_loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[
     """
     inputs = _randn(n, D, grad=True), _randn(D, V, scale=0.05, grad=True)
     targets = _targets(n, slot_len, weights)
-    ref = _compiled(_bf16_head_loss)
+    op, ref = _compiled(tk.fp8_head_loss), _compiled(_bf16_head_loss)
 
     def error() -> float:  # few enough rows and columns to emulate FP8 on a CPU
         columns = min(V, 8 * FEW)
@@ -427,7 +424,7 @@ def _head_loss_cases(n: int, slot_len: int, weights: tuple[float, ...]) -> list[
         return _max_error(tuple(x.cpu() for x in got), tk.fp8_head_loss_ref(*eights, torch.bfloat16))
 
     calls = (
-        _with_backward(lambda x, w: tk.fp8_head_loss(x, w, *targets), inputs),
+        _with_backward(lambda x, w: op(x, w, *targets), inputs),
         _with_backward(lambda x, w: ref(x, w, *targets), inputs),
     )
     work = 6e-12 * n * D * V

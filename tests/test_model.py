@@ -235,7 +235,7 @@ FP8 = ("head", "mlp", "qkv", "out")
 
 
 @pytest.mark.parametrize(
-    ("products", "bound"), [(("head",), 0.1), (("mlp",), 0.25), (("qkv",), 0.15), (("out",), 0.1), (FP8, 0.3)]
+    ("products", "bound"), [(("head",), 0.1), (("mlp",), 0.25), (("qkv",), 0.1), (("out",), 0.1), (FP8, 0.3)]
 )
 def test_fp8_is_close_and_only_for_training(nano, products, bound):
     """One rounding of each operand and of the logits' gradient, whatever factor the loss is multiplied by.
@@ -261,7 +261,8 @@ def test_fp8_is_close_and_only_for_training(nano, products, bound):
     assert 0 < abs(float(loss8 / loss) - 1) < 0.01
     for name, grad in grads.items():
         error = float((grads8[name] - grad).norm() / grad.norm())
-        assert 0 < error < bound, f"{name}: {error:.3f} of the norm"
+        most = 0.15 if (products, name) == (("qkv",), "scalars") else bound
+        assert 0 < error < most, f"{name}: {error:.3f} of the norm"
         torch.testing.assert_close(eighth[name], grads8[name] / 8, rtol=1e-5, atol=1e-7, msg=name)
 
 
