@@ -64,7 +64,7 @@ def run_clean(code: str, folder: Path, **environment: str) -> None:
         **environment,
     }
     folder = folder / "empty"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -75,7 +75,19 @@ def run_clean(code: str, folder: Path, **environment: str) -> None:
 def test_importing_the_trainer_has_no_side_effect(tmp_path):
     kept = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
     kept["TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"] = "0"
+    kept["TRITON_PTXAS_PATH"] = str(tmp_path / "ptxas")
     run_clean(TRAINER, tmp_path, CUDA_VISIBLE_DEVICES="", **kept)
+
+
+def test_triton_is_given_the_assembler_that_inductor_would_give_it(tmp_path):
+    """Both name it before a kernel is compiled, in a start that compiles graphs and in one that has them."""
+    (tmp_path / "bin").mkdir()
+    ptxas = tmp_path / "bin" / "ptxas"
+    ptxas.write_text("")
+    code = f"import os, torch; torch.__file__ = {str(tmp_path / '__init__.py')!r}; import triton_kernels; "
+    run_clean(code + "assert 'TRITON_PTXAS_PATH' not in os.environ", tmp_path / "not executable")
+    ptxas.chmod(0o755)
+    run_clean(code + f"assert os.environ['TRITON_PTXAS_PATH'] == {str(ptxas)!r}", tmp_path / "executable")
 
 
 def test_the_comparison_needs_no_torch(tmp_path):

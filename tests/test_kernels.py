@@ -7,6 +7,7 @@ the same dtype, plus a tiny absolute amount.
 """
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -834,6 +835,26 @@ def test_compiled_fp8_products_are_cached_and_never_stale(monkeypatch):
         assert torch.equal(y, want[0])
         assert torch.equal(dw, want[2])
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_a_compiled_operand_of_two_ops_is_written_once():
+    """With ops of fixed strides Inductor copies what it has not written yet, for each of them anew."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    def backward(g, w2_8, post8):
+        g8 = tk._e5m2_gradient(2 * g)
+        return tk._fp8_relu2(g8, w2_8, post8)[0], tk._columns8(g8)
+
+    n, d, f = 64, 32, 48
+    operands = torch.randn(n, d), torch.randn(f, d).to(tk.E4M3), torch.rand(n, f).to(tk.E4M3)
+    with fresh_cache():
+        got, (code,) = run_and_get_code(torch.compile(backward, fullgraph=True), *operands)
+    torch._dynamo.reset()
+    read = [re.search(rf"splits\.{op}\.default\((\w+)", code)[1] for op in ("fp8_relu2", "columns8")]
+    assert read[0] == read[1]
+    for g, e in zip(got, backward(*operands), strict=True):
+        assert torch.equal(g.view(torch.int8), e.view(torch.int8))
 
 
 # ------------------------------------------------------------------------------------------------------------
