@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -41,6 +41,9 @@ from typing import NamedTuple
 # Read when torch is imported. Fragmentation costs gigabytes here, FP8 products not cached 16 s of a start.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+# As Inductor has it once it compiles; unset, the first start from its cache compiles all kernels again, 15 s.
+if os.access(PTXAS := Path(importlib.util.find_spec("torch").origin).with_name("bin") / "ptxas", os.X_OK):
+    os.environ.setdefault("TRITON_PTXAS_PATH", str(PTXAS))
 
 import numpy as np
 import torch
@@ -52,7 +55,7 @@ from torch import Tensor, nn
 import triton_kernels as kernels
 
 # 1. config: every number of the recipes -----------------------------------------------------------------
-GATE_DIM = 12  # gates read this many channels of their input
+GATE_DIM = 12  # gates read this many channels of their input; `attend` copies them: for a view all is written
 BANK_MULTIPLE = 8  # matrices of a bank are padded to a multiple of this, so that 8 ranks share them evenly
 VOCAB_MULTIPLE = 128  # padded vocabulary rows take part in the softmax and are never masked
 ADAM_WIDTH, STEPS_AHEAD = 1024, 4  # columns of Adam's views of a parameter; steps packed before their turn
@@ -773,13 +776,10 @@ class GPT(nn.Module):
         self.sin.copy_(angles.sin())
 
     def attend(self, x_ND: Tensor, layer: Layer, w: dict[str, Tensor], where: tuple, knobs: Knobs) -> Tensor:
-        """Attention of one layer over the residual stream x; `w` holds the layer's weights and gates."""
-        r, eight = self.cfg.recipe, self.cfg.fp8 if self.training else ()
-        (positions_N, cu_seqlens, max_seq_len), paired = where, layer.attn == "paired"
-        H, K, wide_ND = r.num_heads, r.head_dim, x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
-        # norm(x); apart for the gates: with a slice of it Inductor sweeps its gradient twice (132 us, not 88)
-        scale_N1 = torch.rsqrt(wide_ND.square().mean(1, keepdim=True) + torch.finfo(wide_ND.dtype).eps)
-        x_ND, gate_in = ((x * scale_N1).to(x_ND.dtype) for x in (wide_ND, wide_ND[:, :GATE_DIM]))
+        """Attention of one layer: x is normalised; `w` holds the layer's weights and gates."""
+        r, (positions_N, cu_seqlens, max_seq_len) = self.cfg.recipe, where
+        H, K, paired = r.num_heads, r.head_dim, layer.attn == "paired"
+        eight, gate_in = self.cfg.fp8 if self.training else (), x_ND[:, :GATE_DIM].contiguous()
         ve = (w["ve"].view(-1, H, K), F.linear(gate_in, w["ve_gate"])) if "ve" in w else (None, None)
         qkv = kernels.fp8_linear_qkv if "qkv" in eight else kernels.linear_qkv
         heads = qkv(x_ND, w["qkv"], self.cos, self.sin, positions_N, *ve, paired, layer.key_offset)
@@ -788,9 +788,9 @@ class GPT(nn.Module):
             heads = [z.view(-1, H // 2, K) for z in heads]
             cu_seqlens, max_seq_len = 2 * cu_seqlens, 2 * max_seq_len
         limits = cu_seqlens, max_seq_len, getattr(knobs, layer.window), knobs.scale, r.max_window
-        y = kernels.attention(*heads, *limits, self.cfg.attention)
-        gate = torch.sigmoid(F.linear(gate_in, w["attn_gate"])).view(*y.shape[:2], 1)  # as y, paired too
-        return (kernels.fp8_linear if "out" in eight else F.linear)((y * gate).view(-1, H * K), w["out"])
+        y_NHK = kernels.attention(*heads, *limits, self.cfg.attention).view(-1, H, K)
+        y_NHK = y_NHK * torch.sigmoid(F.linear(gate_in, w["attn_gate"])).unsqueeze(-1)
+        return (kernels.fp8_linear if "out" in eight else F.linear)(y_NHK.flatten(1), w["out"])
 
     def layer_weights(self, tokens_N: Tensor) -> list[dict[str, Tensor]]:
         """Each layer's slices. Banks are split once, by unbind, to avoid a select-backward kernel a slice."""
@@ -829,7 +829,7 @@ class GPT(nn.Module):
             # At the first layer x is x0 itself, so one product does for both.
             x = (resid[i] + x0_mul[i]) * x if i == 0 else resid[i] * x + x0_mul[i] * x0
             if layer.attn:
-                x = x + self.attend(x, layer, w, where, knobs)
+                x = x + self.attend(norm(x), layer, w, where, knobs)
             x = x + mlp(norm(x), w["fc"], w["proj"])
             if layer.save_as:
                 kept[layer.save_as] = x

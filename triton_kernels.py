@@ -6,8 +6,9 @@
 A public function runs its Triton kernel where the tensors are on a GPU and Triton is installed, and its
 `_ref` otherwise, so that the same trainer runs on a laptop. All of them work eagerly and under
 torch.compile(fullgraph=True), with any number of rows in one graph. Kernels accumulate in float32 and take
-the dtype that they write from the pointer. Launches use the current CUDA device, which must hold the tensors.
-Configs are frozen in tables at the top of each family; nothing is tuned, compiled or allocated at import.
+the dtype that they write from the pointer. Launches use the current CUDA device: it must be the one that
+holds the tensors. Configs are frozen in the table at the top of each family; nothing is tuned, compiled or
+allocated at import.
 
 Roofline times are for one H200: 4.3 TB/s measured copy bandwidth, 790 TFLOP/s measured bf16 matmul.
 
@@ -17,9 +18,7 @@ vocabulary. In attention: H heads, K head dimension. In the loss: K prediction t
 
 import functools
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -37,12 +36,6 @@ except ImportError:  # a CPU-only installation: the kernels below are defined bu
 
     def jit(kernel):
         return kernel
-
-
-# Inductor names this assembler to Triton too, once it has to compile. A start that finds its graphs in the
-# cache would not, and compile our kernels again with Triton's own.
-if os.access(PTXAS := Path(torch.__file__).with_name("bin") / "ptxas", os.X_OK):
-    os.environ.setdefault("TRITON_PTXAS_PATH", str(PTXAS))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,7 +121,8 @@ def xxt_ref(x_MNK: Tensor) -> Tensor:
 def _store_symmetric(c_ptr, acc, m0, n0, N, BM: tl.constexpr, BN: tl.constexpr):
     """Store a block and its mirror image; of a block on the diagonal, the lower half twice.
 
-    Both halves of a diagonal block are computed, with roundings that may differ: storing both would race.
+    Both halves of a diagonal block are computed, and their roundings may differ: storing
+    both would be a race.
     """
     tile = acc.to(c_ptr.dtype.element_ty)
     rows = m0 + tl.arange(0, BM)
@@ -234,7 +228,8 @@ def ba_plus_caa(a_MNN: Tensor, alpha: float, beta: float) -> Tensor:
 # 3. matrices in 8 bits: rounding, transposes, products
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2  # 3 mantissa bits, max 448; 2 mantissa bits, max 57344
-# Static factors; e4m3 is normal from 2^-6. Powers of two round nothing; compiled, a float would be a symbol.
+# Static factors; e4m3 is normal from 2^-6. Powers of two round nothing; a float would become a symbol under
+# torch.compile.
 E4M3_X_FACTOR = 16  # to 28: x is RMS-normalised, |x| <= sqrt(768) = 27.7
 E4M3_W_FACTOR = 256  # to 1.75: weights of 0.03 become 8
 E4M3_POST_FACTOR = 1  # to 448: |pre| <= 21
@@ -565,7 +560,8 @@ def fp8_linear_relu2(x_ND: Tensor, w1_FD: Tensor, w2_FD: Tensor) -> Tensor:
 # 5. fp8_linear: x W^T in FP8
 
 # At N = 49,152, D = 768, C = 2304: 174 GFLOP, 220 us, half in FP8. Source: pull requests 322 and 344. The
-# weight's gradient in FP8: 127 us, not 257, at C = 768 80, not 88; transposes 65, 25 (H200, medians of 15).
+# weight's gradient in FP8 takes 127 us, not 257, at C = 768 80, not 88; transposes of 8 bits 65 and 25 (one
+# H200, medians of 15).
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -710,7 +706,8 @@ def _ce_backward_kernel(
 ):  # fmt: skip
     """dl_j = grad A/4C (1 - t_j^2) (p_j sum_k w_k - sum_k w_k [j == target_k]), p the softmax of z.
 
-    The targets' columns are written twice, then with their term: to compare all took a third of the time.
+    The targets' columns are written twice, the second time with their term: comparing every column with every
+    target took a third of the time.
     """
     row = first_row + tl.program_id(0)
     logits_ptr += tl.program_id(0).to(tl.int64) * stride
@@ -829,7 +826,8 @@ def softcapped_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 # 8. transpose_add, transpose_copy: between the head (D, V) and the embedding (V, D)
 
 # Traffic at D = 768, V = 50,304, bf16: add reads 155 MB and writes 77 MB, 54 us; copy 155 MB, 36 us. Both
-# sides of a tile are 128-byte lines. Eager kernels hold every SM longer and starve NCCL (pull request 233).
+# sides of a tile are whole 128-byte lines. Eager kernels hold every SM for longer and starve NCCL (pull
+# request 233).
 TRANSPOSE_BYTES, TRANSPOSE_WARPS = 128, 4
 
 
@@ -1346,7 +1344,8 @@ def _fa4():
 
 
 # The window and the scale are read inside the ops, from 0-D CPU tensors: no synchronisation, no
-# recompilation. Outputs are made contiguous, to agree with the fakes for any strides of q; none copies.
+# recompilation. Outputs are made contiguous so that they agree with the fakes for any strides of q; no known
+# case copies.
 
 
 def _varlen_forward(q_NHK, k_NHK, v_NHK, cu_seqlens, max_seqlen: int, window: int, scale: float):

@@ -154,13 +154,19 @@ def test_the_environment_is_read_in_one_place(name):
     assert not reads, f"the environment is read in lines {reads}"
 
 
-READ_AT_IMPORT = "PYTORCH_ALLOC_CONF", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"
+READ_AT_IMPORT = (
+    "PYTORCH_ALLOC_CONF",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD",
+    "TRITON_PTXAS_PATH",
+)
 
 
 def lines_before_torch(tree: ast.Module) -> list[int]:
-    """The lines that set variables which torch reads when it is imported."""
-    settings = [n for n in tree.body if isinstance(n, ast.Expr) and "os.environ" in ast.unparse(n)]
-    assert [n.value.args[0].value for n in settings] == list(READ_AT_IMPORT)
+    """The lines that set variables which torch or Triton reads when it is imported, or soon after."""
+    statements = [n for n in tree.body if isinstance(n, ast.Expr | ast.If)]
+    calls = [n for statement in statements for n in ast.walk(statement) if isinstance(n, ast.Call)]
+    settings = [n for n in calls if ast.unparse(n.func) == "os.environ.setdefault"]
+    assert [n.args[0].value for n in settings] == list(READ_AT_IMPORT)
     imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     torch_line = min(n.lineno for n in imports if re.search(r"\b(torch|triton_kernels)\b", ast.unparse(n)))
     assert all(n.lineno < torch_line for n in settings), "torch reads these variables when it is imported"
