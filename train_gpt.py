@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -41,9 +41,6 @@ from typing import NamedTuple
 # Read when torch is imported. Fragmentation costs gigabytes here, FP8 products not cached 16 s of a start.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
-# As Inductor has it once it compiles; unset, the first start from its cache compiles all kernels again, 15 s.
-if os.access(PTXAS := Path(importlib.util.find_spec("torch").origin).with_name("bin") / "ptxas", os.X_OK):
-    os.environ.setdefault("TRITON_PTXAS_PATH", str(PTXAS))
 
 import numpy as np
 import torch
@@ -53,6 +50,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import triton_kernels as kernels
+
+# As Inductor has it once it compiles; unset, the first start from its cache compiles our kernels again, 15 s.
+if os.access(PTXAS := Path(torch.__file__).with_name("bin") / "ptxas", os.X_OK):
+    os.environ.setdefault("TRITON_PTXAS_PATH", str(PTXAS))
 
 # 1. config: every number of the recipes -----------------------------------------------------------------
 GATE_DIM = 12  # gates read this many channels of their input; `attend` copies them: for a view all is written
@@ -1362,8 +1363,7 @@ def train(job: Job, stop: StopRequest) -> dict[str, object]:
             raise Ended(f"interrupted at step {step + 1}: asked to by a signal", 130)
     mib, reserved = peak_memory(job.ranks.device)
     job.log.say(f"peak memory allocated: {mib} MiB reserved: {reserved} MiB")
-    figures = {"val_loss": loss, "val_bpb": bpb, "train_time_ms": clock.ms(), "steps": last}
-    return {**figures, "peak_memory_mib": mib}
+    return dict(val_loss=loss, val_bpb=bpb, train_time_ms=clock.ms(), steps=last, peak_memory_mib=mib)
 
 
 def describe(args: argparse.Namespace, cfg: Config, ranks: Ranks, corpus: Corpus) -> dict[str, object]:

@@ -84,10 +84,7 @@ def test_triton_is_given_the_assembler_that_inductor_would_give_it(tmp_path):
     (tmp_path / "bin").mkdir()
     ptxas = tmp_path / "bin" / "ptxas"
     ptxas.write_text("")
-    code = "import importlib.util, os, types; find = importlib.util.find_spec; "
-    code += f"torch = types.SimpleNamespace(origin={str(tmp_path / '__init__.py')!r}); "
-    code += "importlib.util.find_spec = lambda name, *more: torch if name == 'torch' else find(name, *more); "
-    code += "import train_gpt; "
+    code = f"import os, torch; torch.__file__ = {str(tmp_path / '__init__.py')!r}; import train_gpt; "
     run_clean(code + "assert 'TRITON_PTXAS_PATH' not in os.environ", tmp_path / "not executable")
     ptxas.chmod(0o755)
     run_clean(code + f"assert os.environ['TRITON_PTXAS_PATH'] == {str(ptxas)!r}", tmp_path / "executable")
